@@ -1,0 +1,257 @@
+"""The named formats and the grammar of their names.
+
+`grid/granularity:option,option` composes a format; block formats go by the name that their runtime gives them.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from difflib import get_close_matches
+from functools import lru_cache
+
+import torch
+
+from isogrid.errors import FormatError
+from isogrid.formats.codebooks import BINARY, IQ4_NL, NF4, apot_grid, e8p_grid, log2_grid
+from isogrid.formats.format import Format
+from isogrid.formats.granularity import Granularity, PerChannel, PerFlatGroup, PerGroup, PerTensor, PerTile, PerToken
+from isogrid.formats.grid import FloatGrid, Grid, IntegerGrid, NativeGrid
+
+GRAMMAR = """grid/granularity[:option,...]
+  grid: int1..int8, uint1..uint8, fp8_e4m3, fp8_e5m2, fp6_e3m2, fp6_e2m3, fp4_e2m1, nf4, ternary, binary,
+        log2-2..log2-8, apot-3..apot-7, e8p
+  granularity: tensor, channel, channel1 (axis 1), token, group32, tile16x16, flat256
+  option: scale=float32|float16|bfloat16|e8m0|fp8_e4m3|fp8_e5m2, pad (groups), narrow, midrise, asymmetric (int),
+        symmetric (uint)"""
+
+_TERNARY = IntegerGrid(-1, 1)
+
+_FLOATS: dict[str, Grid] = {
+    "float32": NativeGrid(torch.float32),
+    "float16": NativeGrid(torch.float16),
+    "bfloat16": NativeGrid(torch.bfloat16),
+    "fp8_e4m3": FloatGrid(4, 3, bias=7, highest=448.0),
+    "fp8_e5m2": FloatGrid(5, 2, bias=15, highest=57344.0),
+    "fp6_e3m2": FloatGrid(3, 2, bias=3, highest=28.0),
+    "fp6_e2m3": FloatGrid(2, 3, bias=1, highest=7.5),
+    "fp4_e2m1": FloatGrid(2, 1, bias=1, highest=6.0),
+    "e8m0": FloatGrid(8, 0, bias=127, highest=2.0**127, signed=False, has_zero=False),
+}
+_TABLES: dict[str, Callable[[], Grid]] = {
+    "nf4": lambda: NF4,
+    "ternary": lambda: _TERNARY,
+    "binary": lambda: BINARY,
+    "e8p": e8p_grid,
+}
+
+
+def _plain(grid: Grid, name: str = "") -> Format:
+    """Each value stored on its own, without a scale."""
+    return Format(grid, name=name)
+
+
+FLOAT32, FLOAT16, E8M0 = (_plain(_FLOATS[name], name) for name in ("float32", "float16", "e8m0"))
+
+
+def _blocks(grid: Grid, size: int, scale: Format, offset: Format | None = None) -> Format:
+    return Format(grid, PerGroup(size), scale, offset=offset)
+
+
+def _k_quant(grid: Grid, size: int, scale: IntegerGrid, least_offset: int | None = None) -> Format:
+    """llama.cpp's K-quants: integer scales, and minima where there are any, on float16 scales of 256 values each.
+
+    ggml subtracts minima, m * dmin; here they are offsets <= 0, so that the stored integer is -m.
+    """
+    per_super_block = 256 // size
+    offset = None if least_offset is None else _blocks(IntegerGrid(least_offset, 0), per_super_block, FLOAT16)
+    return _blocks(grid, size, _blocks(scale, per_super_block, FLOAT16), offset)
+
+
+def _integers(bits: int, signed: bool = False) -> IntegerGrid:
+    return IntegerGrid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else IntegerGrid(0, 2**bits - 1)
+
+
+_BLOCK_FORMATS: dict[str, Callable[[], Format]] = {
+    "q4_0": lambda: _blocks(_integers(4, signed=True), 32, FLOAT16),
+    "q4_1": lambda: _blocks(_integers(4), 32, FLOAT16, offset=FLOAT16),
+    "q5_0": lambda: _blocks(_integers(5, signed=True), 32, FLOAT16),
+    "q5_1": lambda: _blocks(_integers(5), 32, FLOAT16, offset=FLOAT16),
+    "q8_0": lambda: _blocks(_integers(8, signed=True), 32, FLOAT16),
+    "q2_k": lambda: _k_quant(_integers(2), 16, _integers(4), least_offset=-15),
+    "q3_k": lambda: _k_quant(_integers(3, signed=True), 16, _integers(6, signed=True)),
+    "q4_k": lambda: _k_quant(_integers(4), 32, _integers(6), least_offset=-63),
+    "q5_k": lambda: _k_quant(_integers(5), 32, _integers(6), least_offset=-63),
+    "q6_k": lambda: _k_quant(_integers(6, signed=True), 16, _integers(8, signed=True)),
+    "iq4_nl": lambda: _blocks(IQ4_NL, 32, FLOAT16),
+    # Five ternary digits in a byte, but the last 16 of 256 in four bytes: 52 bytes.
+    "tq1_0": lambda: replace(_blocks(_TERNARY, 256, FLOAT16), code_bits=1.625),
+    "tq2_0": lambda: _blocks(_TERNARY, 256, FLOAT16),
+    "mxfp4": lambda: _blocks(_FLOATS["fp4_e2m1"], 32, E8M0),
+    "mxfp6_e3m2": lambda: _blocks(_FLOATS["fp6_e3m2"], 32, E8M0),
+    "mxfp6_e2m3": lambda: _blocks(_FLOATS["fp6_e2m3"], 32, E8M0),
+    "mxfp8_e4m3": lambda: _blocks(_FLOATS["fp8_e4m3"], 32, E8M0),
+    "mxfp8_e5m2": lambda: _blocks(_FLOATS["fp8_e5m2"], 32, E8M0),
+    "nvfp4": lambda: _blocks(_FLOATS["fp4_e2m1"], 16, Format(_FLOATS["fp8_e4m3"], PerTensor(), FLOAT32)),
+    "nf4": lambda: _blocks(NF4, 64, FLOAT32),
+    "nf4-double": lambda: _blocks(NF4, 64, Format(_integers(8), PerFlatGroup(256), FLOAT32)),
+    "bitnet": lambda: Format(_TERNARY, PerTensor(), FLOAT32),
+    "ternary": lambda: Format(_TERNARY, PerChannel(), FLOAT32),
+    "binary": lambda: Format(BINARY, PerChannel(), FLOAT32),
+    "e8p": lambda: Format(e8p_grid(), PerTensor(), FLOAT32),
+}
+
+_EXAMPLES = (
+    "int8/channel",
+    "int8/channel:narrow",
+    "int8/tensor:asymmetric",
+    "int4/group128:scale=bfloat16",
+    "int4/group32:pad",
+    "int2/channel:midrise",
+    "uint8/tensor",
+    "uint8/token",
+    "uint4/group32",
+    "uint4/tensor:symmetric",
+    "fp8_e4m3/tensor",
+    "fp8_e5m2/token",
+    "fp4_e2m1/tile16x16",
+    "nf4/group128",
+    "ternary/group256",
+    "log2-4/channel",
+    "apot-4/channel",
+)
+
+
+def format_names() -> list[str]:
+    """The named formats: floats, block formats, and examples of the grammar.
+
+    >>> "q4_k" in format_names()
+    True
+    """
+    return [*_FLOATS, *_BLOCK_FORMATS, *_EXAMPLES]
+
+
+@lru_cache(maxsize=256)
+def named_format(name: str) -> Format:
+    """The format of a name.
+
+    A name is that of a block format as its runtime calls it (`q4_k`, `nvfp4`), a float type (`float16`: values
+    are rounded to it, without a scale), or a composition `grid/granularity:options`:
+
+    - `intN` holds -2**(N-1) .. 2**(N-1)-1 and is symmetric: a scale, no zero point. `narrow` drops the lowest value,
+      `midrise` shifts all by a half so that there is no zero, `asymmetric` adds a zero point stored as intN.
+      One bit is {-1, 0}; weights want `binary` or `int1/...:midrise`, {-1/2, 1/2}.
+    - `uintN` holds 0 .. 2**N-1 and has a zero point stored as uintN; `symmetric` drops the zero point.
+    - `scale=...` says how the scale is stored: float32 unless said, or another float type.
+    - `pad` lets the last group of a row be short; it is stored in full.
+
+    Raises:
+        FormatError: no such name; the message suggests the nearest one and shows the grammar.
+
+    >>> named_format("int4/group32").bits_per_value((8, 64))
+    5.0
+    >>> named_format("int4/chanel")
+    Traceback (most recent call last):
+    isogrid.errors.FormatError: Unknown granularity 'chanel' in format 'int4/chanel'. Did you mean 'channel'?
+    ...
+    """
+    if name in _FLOATS:
+        return _plain(_FLOATS[name], name)
+    if name in _BLOCK_FORMATS:
+        return replace(_BLOCK_FORMATS[name](), name=name)
+    try:
+        return _composed(name)
+    except _UnknownWordError as unknown:
+        raise FormatError(
+            f"{unknown}\nA name is one of {', '.join([*_FLOATS, *_BLOCK_FORMATS])},\nor {GRAMMAR}"
+        ) from None
+    except FormatError as error:
+        raise FormatError(f"Format {name!r}: {error}") from None
+
+
+class _UnknownWordError(FormatError):
+    """A part of a name that no list has."""
+
+    def __init__(self, kind: str, word: str, name: str, known: list[str]):
+        nearest = get_close_matches(word, known, n=1, cutoff=0.5)
+        where = "" if word == name else f" in format {name!r}"
+        super().__init__(f"Unknown {kind} {word!r}{where}." + (f" Did you mean {nearest[0]!r}?" if nearest else ""))
+
+
+def _composed(name: str) -> Format:
+    head, _, tail = name.partition(":")
+    grid_name, slash, granularity_name = head.partition("/")
+    if not slash:
+        raise _UnknownWordError("format", name, name, format_names())
+    options = dict(option.partition("=")[::2] for option in tail.split(",") if option)
+    grid = _grid(grid_name, name)
+    granularity = _granularity(granularity_name, name)
+    scale = _scale(options.pop("scale", "float32"), name)
+    zero_point = None
+    if isinstance(grid, IntegerGrid) and grid_name != "ternary":
+        grid, zero_point = _integer_options(grid, options)
+    if isinstance(granularity, PerGroup) and _flag(options, "pad"):
+        granularity = replace(granularity, pads=True)
+    for option in options:
+        known = ["scale", "narrow", "midrise", "symmetric", "asymmetric", "pad"]
+        if option in known:
+            raise FormatError(f"option {option!r} means nothing for {head}, or takes no value.")
+        raise _UnknownWordError("option", option, name, known)
+    return Format(grid, granularity, scale, zero_point, name=name)
+
+
+def _flag(options: dict[str, str], name: str) -> bool:
+    """Whether an option without a value is there; takes it out."""
+    return options.get(name) == "" and options.pop(name) == ""
+
+
+def _integer_options(grid: IntegerGrid, options: dict[str, str]) -> tuple[IntegerGrid, Format | None]:
+    """The grid and the zero point's format that `narrow`, `midrise`, `symmetric`, `asymmetric` ask for."""
+    if grid.low == 0:
+        return grid, None if _flag(options, "symmetric") else _plain(grid)
+    zero_point = _plain(grid) if _flag(options, "asymmetric") else None
+    if _flag(options, "narrow"):
+        grid = replace(grid, low=-grid.high)
+    if _flag(options, "midrise"):
+        grid = replace(grid, midrise=True)
+    return grid, zero_point
+
+
+def _grid(word: str, name: str) -> Grid:
+    if word.startswith("fp") and word in _FLOATS:
+        return _FLOATS[word]
+    if word in _TABLES:
+        return _TABLES[word]()
+    if match := re.fullmatch(r"(u?)int([1-8])", word):
+        return _integers(int(match[2]), signed=not match[1])
+    if match := re.fullmatch(r"(log2|apot)-(\d+)", word):
+        return (log2_grid if match[1] == "log2" else apot_grid)(int(match[2]))
+    known = [
+        *(f for f in _FLOATS if f.startswith("fp")),
+        *_TABLES,
+        *(f"{u}int{n}" for u in ("", "u") for n in range(1, 9)),
+        "log2-4",
+        "apot-4",
+    ]
+    raise _UnknownWordError("grid", word, name, known)
+
+
+def _granularity(word: str, name: str) -> Granularity:
+    if word == "tensor":
+        return PerTensor()
+    if word == "token":
+        return PerToken()
+    if match := re.fullmatch(r"channel(-?\d+)?", word):
+        return PerChannel(int(match[1] or 0))
+    if match := re.fullmatch(r"(group|flat)(\d+)", word):
+        return (PerGroup if match[1] == "group" else PerFlatGroup)(int(match[2]))
+    if match := re.fullmatch(r"tile(\d+)x(\d+)", word):
+        return PerTile(int(match[1]), int(match[2]))
+    raise _UnknownWordError(
+        "granularity", word, name, ["tensor", "channel", "token", "group32", "tile16x16", "flat256"]
+    )
+
+
+def _scale(word: str, name: str) -> Format:
+    if word not in _FLOATS:
+        raise _UnknownWordError("scale type", word, name, list(_FLOATS))
+    return _plain(_FLOATS[word], word)

@@ -1,0 +1,72 @@
+# Everything runs in .venv, which is made when a target first needs it and made anew when the dependencies change.
+#
+#   make quickstart     train, quantise, export and verify on handwritten digits
+#   make test           the tests
+#   make check          lint, types, imports and the examples in the docstrings
+#   make docs           the documentation, in site/
+#
+# Another interpreter: make quickstart PYTHON=python3.12
+# Options of pytest:   make test ARGS="-k formats"
+
+BIN := .venv/bin
+
+# An interpreter that is named, and is not the one .venv was made with, makes it anew.
+ifdef PYTHON
+  ifneq ($(PYTHON),$(shell cat .venv/runtime 2>/dev/null))
+    .venv/runtime: anew
+  endif
+endif
+PYTHON ?= python3
+
+.PHONY: help quickstart test lint types imports doctest check docs clean anew
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+quickstart: .venv/runtime
+	$(BIN)/isogrid quickstart
+
+test: .venv/dev
+	$(BIN)/pytest tests --cov $(ARGS)
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+
+types: .venv/dev
+	$(BIN)/mypy
+
+imports: .venv/dev
+	$(BIN)/lint-imports
+
+doctest: .venv/dev
+	$(BIN)/pytest --doctest-modules src/isogrid
+
+check: lint types imports doctest
+
+docs: .venv/docs
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf .venv site build dist runs .coverage .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+# The stamps: what .venv holds. Each adds to the one before, so that the quickstart waits for nothing but itself.
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+
+.venv/runtime: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Isogrid needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name one that is: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; \
+	  exit 1; } >&2
+	$(PYTHON) -m venv --clear .venv
+	@echo "Installing Isogrid and PyTorch into .venv: this takes a few minutes."
+	@$(INSTALL) .
+	@echo "$(PYTHON)" > $@
+
+.venv/dev: .venv/runtime
+	@$(INSTALL) '.[dev]'
+	@touch $@
+
+.venv/docs: .venv/runtime
+	@$(INSTALL) '.[docs]'
+	@touch $@

@@ -1,0 +1,377 @@
+"""Every rule against ONNX Runtime itself: equal in every code."""
+
+import random
+
+import pytest
+import torch
+from tests.layers.runtime import Graph
+from torch import Tensor
+
+from isogrid.errors import TargetError
+from isogrid.layers import arithmetic
+
+U8 = torch.uint8
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+def codes(*shape: int, low: int = 0, high: int = 255, dtype: torch.dtype = U8) -> Tensor:
+    return torch.randint(low, high + 1, shape, dtype=dtype)
+
+
+def zero_point() -> Tensor:
+    return codes(1) if random.random() < 0.7 else torch.tensor([random.choice([0, 255])], dtype=U8)
+
+
+def scale() -> Tensor:
+    """Half of them have a short mantissa, so that ratios are round and results lie halfway between two codes."""
+    if random.random() < 0.5:
+        return torch.rand(1) * 0.1 + 0.001
+    return torch.tensor([random.randint(1, 64) / 2 ** random.randint(4, 9)])
+
+
+def weight_scales(n: int, per_channel: bool) -> Tensor:
+    return torch.cat([scale() for _ in range(n)]) if per_channel else scale()
+
+
+def every_pair() -> tuple[Tensor, Tensor]:
+    values = torch.arange(256, dtype=U8)
+    return values.repeat_interleave(256)[None], values.repeat(256)[None]
+
+
+def all_equal(ours: Tensor, runtime: Tensor) -> None:
+    assert ours.dtype == runtime.dtype
+    assert ours.shape == runtime.shape
+    differing = int((ours != runtime).sum())
+    assert differing == 0, f"{differing} of {ours.numel()} differ"
+
+
+def spread(factor: Tensor, x: Tensor) -> Tensor:
+    """Per-channel factors along dimension 1."""
+    return factor.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def accumulator_range(accumulator: Tensor) -> Tensor:
+    """A scale that makes the output use its codes."""
+    return (accumulator.double().abs().mean() / 64).float().clamp_min(1e-6).reshape(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_quantize_is_quantize_linear(dtype: torch.dtype) -> None:
+    limits = torch.iinfo(dtype)
+    for _ in range(20):
+        s, z = scale(), codes(1, low=limits.min, high=limits.max, dtype=dtype)
+        halves = torch.arange(-600, 600).float() / 2 * s
+        x = torch.cat([torch.randn(4096) * 60 * s, halves, torch.tensor([torch.inf, -torch.inf, 1e30, -1e30, 0.0])])
+        graph = Graph()
+        y = graph.quantized(graph.input(x), s, z)
+        all_equal(arithmetic.quantize(x, s, z, limits.min, limits.max), graph.run(y, dtype))
+
+
+def test_dequantize_is_dequantize_linear() -> None:
+    x = torch.arange(256, dtype=U8)
+    for _ in range(20):
+        s, z = scale(), zero_point()
+        graph = Graph()
+        y = graph.dequantized(graph.input(x), s, z)
+        all_equal(arithmetic.dequantize(x, s, z), graph.run(y, torch.float32))
+
+
+LINEAR_CASES = [
+    # batch, inputs, outputs, largest weight, per channel
+    (1, 1, 1, 127, False),
+    (7, 33, 5, 127, True),
+    (4, 256, 64, 8, True),
+    (4, 300, 64, 2, True),
+    (16, 513, 31, 127, False),
+    (3, 1000, 17, 127, True),
+    (2, 20000, 9, 127, True),
+]
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(("batch", "inputs", "outputs", "largest", "per_channel"), LINEAR_CASES)
+def test_linear_is_qgemm(batch: int, inputs: int, outputs: int, largest: int, per_channel: bool, relu: bool) -> None:
+    for _ in range(4):
+        x, zx, zy, sx = codes(batch, inputs), zero_point(), zero_point(), scale()
+        zy = torch.zeros(1, dtype=U8) if relu else zy
+        w = codes(outputs, inputs, low=-largest - 1, high=largest, dtype=torch.int8)
+        sw = weight_scales(outputs, per_channel)
+        bias = codes(outputs, low=-(2**16), high=2**16, dtype=torch.int32)
+        accumulator = arithmetic.linear(x, zx, w, bias)
+        sy = accumulator_range(accumulator * (sx * sw))
+
+        graph = Graph()
+        ws, wz = sw, torch.zeros(sw.shape, dtype=torch.int8)
+        y = graph.node(
+            "Gemm",
+            [
+                graph.dequantized(graph.input(x), sx, zx),
+                graph.dequantized(graph.constant(w), ws, wz),
+                graph.dequantized(graph.constant(bias), sx * sw, torch.zeros(sw.shape, dtype=torch.int32)),
+            ],
+            transB=1,
+        )
+        y = graph.quantized(graph.node("Relu", [y]) if relu else y, sy, zy)
+        low = int(zy) if relu else 0
+        ours = arithmetic.requantize(accumulator, arithmetic.multiplier(sx, sw, sy), zy, low, 255)
+        all_equal(ours, graph.run(y, U8, expect="QGemm"))
+
+
+@pytest.mark.parametrize(("batch", "inputs", "outputs", "largest", "per_channel"), LINEAR_CASES)
+def test_float_output_of_qgemm(batch: int, inputs: int, outputs: int, largest: int, per_channel: bool) -> None:
+    for has_bias in (True, False):
+        x, zx, sx = codes(batch, inputs), zero_point(), scale()
+        w = codes(outputs, inputs, low=-largest - 1, high=largest, dtype=torch.int8)
+        sw = weight_scales(outputs, per_channel)
+        bias = codes(outputs, low=-(2**16), high=2**16, dtype=torch.int32) if has_bias else None
+
+        graph = Graph()
+        operands = [
+            graph.dequantized(graph.input(x), sx, zx),
+            graph.dequantized(graph.constant(w), sw, torch.zeros(sw.shape, dtype=torch.int8)),
+        ]
+        if bias is not None:
+            zeros = torch.zeros(sw.shape, dtype=torch.int32)
+            operands.append(graph.dequantized(graph.constant(bias), sx * sw, zeros))
+        y = graph.node("Gemm", operands, transB=1)
+        ours = arithmetic.dequantize_accumulator(arithmetic.linear(x, zx, w, bias), sx, sw)
+        all_equal(ours, graph.run(y, torch.float32, expect="QGemm"))
+
+
+CONVOLUTION_CASES = [
+    # shape of x, outputs, kernel, stride, padding, dilation, groups
+    ((2, 3, 17), 8, [3], [1], [1], [1], 1),
+    ((2, 8, 31), 8, [5], [2], [2, 1], [2], 4),
+    ((2, 3, 9, 11), 7, [3, 3], [1, 1], [1, 1], [1, 1], 1),
+    ((1, 16, 8, 8), 32, [1, 1], [1, 1], [0, 0], [1, 1], 1),
+    ((3, 16, 8, 8), 16, [3, 3], [2, 2], [1, 1], [1, 1], 16),
+    ((2, 12, 10, 9), 24, [3, 2], [2, 1], [1, 0], [1, 2], 3),
+    ((1, 8, 12, 12), 8, [4, 4], [1, 1], [1, 1, 2, 2], [1, 1], 1),
+    ((1, 160, 6, 6), 8, [3, 3], [1, 1], [1, 1], [1, 1], 1),
+    ((2, 4, 5, 6, 7), 6, [3, 3, 3], [1, 2, 1], [1, 1, 1], [1, 1, 1], 2),
+]
+
+
+@pytest.mark.parametrize("largest", [127, 7, 1])
+@pytest.mark.parametrize(("shape", "outputs", "kernel", "stride", "padding", "dilation", "groups"), CONVOLUTION_CASES)
+def test_convolution_is_qlinear_conv(
+    shape: tuple[int, ...],
+    outputs: int,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    largest: int,
+) -> None:
+    for per_channel in (True, False):
+        x, zx, zy, sx = codes(*shape), zero_point(), zero_point(), scale()
+        w = codes(outputs, shape[1] // groups, *kernel, low=-largest - 1, high=largest, dtype=torch.int8)
+        sw = weight_scales(outputs, per_channel)
+        bias = codes(outputs, low=-(2**16), high=2**16, dtype=torch.int32)
+        accumulator = arithmetic.convolution(x, zx, w, bias, stride, padding, dilation, groups)
+        sy = accumulator_range(accumulator * spread(sx * sw, accumulator))
+
+        graph = Graph()
+        y = graph.node(
+            "Conv",
+            [
+                graph.dequantized(graph.input(x), sx, zx),
+                graph.dequantized(graph.constant(w), sw, torch.zeros(sw.shape, dtype=torch.int8)),
+                graph.dequantized(graph.constant(bias), sx * sw, torch.zeros(sw.shape, dtype=torch.int32)),
+            ],
+            kernel_shape=kernel,
+            strides=stride,
+            pads=padding if len(padding) == 2 * len(kernel) else padding * 2,
+            dilations=dilation,
+            group=groups,
+        )
+        y = graph.quantized(y, sy, zy)
+        factor = spread(arithmetic.multiplier(sx, sw, sy), accumulator)
+        ours = arithmetic.requantize(accumulator, factor, zy, 0, 255)
+        all_equal(ours, graph.run(y, U8, expect="QLinearConv"))
+
+
+def test_accumulators_beyond_what_float32_holds() -> None:
+    """All weights and codes at their largest: accumulators reach 2^29, odd numbers included."""
+    inputs = 16384
+    x = torch.full((2, inputs), 255, dtype=U8)
+    x[1, ::2] = 254
+    w = torch.full((3, inputs), 127, dtype=torch.int8)
+    w[1:, ::3] = 126
+    w[2, 1] = -128
+    z, bias = torch.zeros(1, dtype=U8), torch.tensor([-3, -3, 5], dtype=torch.int32)
+    accumulator = arithmetic.linear(x, z, w, bias)
+    exact = x.long() @ w.long().T + bias
+    assert int(exact.abs().max()) > 2**28
+    assert torch.equal(accumulator.long(), exact)
+
+    graph = Graph()
+    one, zeros = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    y = graph.node(
+        "Gemm",
+        [
+            graph.dequantized(graph.input(x), one, z),
+            graph.dequantized(graph.constant(w), one, torch.zeros(1, dtype=torch.int8)),
+            graph.dequantized(graph.constant(bias), one, zeros),
+        ],
+        transB=1,
+    )
+    all_equal(arithmetic.dequantize_accumulator(accumulator, one, one), graph.run(y, torch.float32, expect="QGemm"))
+
+
+def test_an_int32_accumulator_wraps_as_in_the_runtime() -> None:
+    x, w = torch.full((1, 70000), 255, dtype=U8), torch.full((1, 70000), 127, dtype=torch.int8)
+    z, one = torch.zeros(1, dtype=U8), torch.ones(1)
+    graph = Graph()
+    operands = [graph.dequantized(graph.input(x), one, z), graph.dequantized(graph.constant(w), one, z.to(torch.int8))]
+    y = graph.node("Gemm", operands, transB=1)
+    ours = arithmetic.dequantize_accumulator(arithmetic.linear(x, z, w), one, one)
+    assert float(ours) < 0
+    all_equal(ours, graph.run(y, torch.float32, expect="QGemm"))
+
+
+def test_linear_accepts_any_number_of_dimensions() -> None:
+    x, w, z = codes(2, 3, 4, 20), codes(6, 20, low=-128, high=127, dtype=torch.int8), zero_point()
+    flat = arithmetic.linear(x.reshape(-1, 20), z, w)
+    assert torch.equal(arithmetic.linear(x, z, w), flat.reshape(2, 3, 4, 6))
+
+
+def test_autocast_does_not_touch_accumulators() -> None:
+    x, w, z = codes(4, 400), codes(8, 400, low=-8, high=7, dtype=torch.int8), zero_point()
+    image, kernel = codes(1, 4, 8, 8), codes(8, 4, 3, 3, low=-128, high=127, dtype=torch.int8)
+    plain = arithmetic.linear(x, z, w), arithmetic.convolution(image, z, kernel, None, [1, 1], [1, 1], [1, 1], 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = arithmetic.linear(x, z, w), arithmetic.convolution(image, z, kernel, None, [1, 1], [1, 1], [1, 1], 1)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+def test_a_large_bias_saturates_where_the_accumulator_cannot_wrap() -> None:
+    bias, sx, sw = torch.tensor([3.0, -3.0, 0.25]), torch.tensor([0.5]), torch.tensor([1e-12, 1e-12, 0.5])
+    assert arithmetic.quantize_bias(bias, sx, sw).tolist() == [2**30, -(2**30), 1]
+    floor = arithmetic.smallest_weight_scale(bias, sx)
+    repaired = arithmetic.quantize_bias(bias, sx, torch.maximum(sw, floor))
+    assert torch.allclose(repaired[:2] * (sx * floor[:2]), bias[:2])
+
+
+@pytest.mark.parametrize("tie_prone", [True, False])
+def test_add_is_qlinear_add(tie_prone: bool) -> None:
+    a, b = every_pair()
+    for _ in range(15):
+        sa, za, zb, zy = scale(), zero_point(), zero_point(), zero_point()
+        sb = sa * random.choice([0.5, 1, 1.5, 2, 3]) if tie_prone else scale()
+        sy = sa * random.choice([1, 1.5, 2, 3, 4]) if tie_prone else scale() * 4
+        graph = Graph()
+        operands = [graph.dequantized(graph.input(a), sa, za), graph.dequantized(graph.input(b), sb, zb)]
+        y = graph.quantized(graph.node("Add", operands), sy, zy)
+        all_equal(arithmetic.add(a, sa, za, b, sb, zb, sy, zy, 0, 255), graph.run(y, U8, expect="QLinearAdd"))
+
+
+def test_add_followed_by_relu() -> None:
+    a, b = every_pair()
+    for _ in range(5):
+        sa, sb, sy, za, zb = scale(), scale(), scale() * 2, zero_point(), zero_point()
+        zy = torch.zeros(1, dtype=U8)
+        graph = Graph()
+        operands = [graph.dequantized(graph.input(a), sa, za), graph.dequantized(graph.input(b), sb, zb)]
+        y = graph.quantized(graph.node("Relu", [graph.node("Add", operands)]), sy, zy)
+        all_equal(arithmetic.add(a, sa, za, b, sb, zb, sy, zy, 0, 255), graph.run(y, U8, expect="QLinearAdd"))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 4, 1, 1), (2, 4, 1, 1), (1, 1, 8, 9), (2, 4, 1, 9)])
+def test_the_second_operand_of_add_may_broadcast(shape: tuple[int, ...]) -> None:
+    a, b = codes(2, 4, 8, 9), codes(*shape)
+    for _ in range(10):
+        sa, za, zb, zy = scale(), zero_point(), zero_point(), zero_point()
+        sb, sy = sa * random.choice([0.5, 1, 3]), sa * random.choice([1, 2, 3])
+        graph = Graph()
+        operands = [graph.dequantized(graph.input(a), sa, za), graph.dequantized(graph.input(b), sb, zb)]
+        y = graph.quantized(graph.node("Add", operands), sy, zy)
+        all_equal(arithmetic.add(a, sa, za, b, sb, zb, sy, zy, 0, 255), graph.run(y, U8, expect="QLinearAdd"))
+
+
+def test_multiply_is_qlinear_mul() -> None:
+    a, b = every_pair()
+    for _ in range(15):
+        sa, sb, za, zb, zy = scale(), scale(), zero_point(), zero_point(), zero_point()
+        sy = sa * sb * random.choice([16, 64, 100, 256])
+        graph = Graph()
+        operands = [graph.dequantized(graph.input(a), sa, za), graph.dequantized(graph.input(b), sb, zb)]
+        y = graph.quantized(graph.node("Mul", operands), sy, zy)
+        ours = arithmetic.multiply(a, za, b, zb, arithmetic.multiplier(sa, sb, sy), zy, 0, 255)
+        all_equal(ours, graph.run(y, U8, expect="QLinearMul"))
+
+
+def test_global_average_pool() -> None:
+    for channels, height, width in [(1, 1, 1), (3, 2, 5), (16, 7, 7), (20, 11, 3), (8, 64, 64)]:
+        for _ in range(6):
+            x, sx, zx, zy = codes(2, channels, height, width), scale(), zero_point(), zero_point()
+            sy = sx * random.choice([0.25, 0.5, 1, 1.25])
+            graph = Graph()
+            y = graph.quantized(graph.node("GlobalAveragePool", [graph.dequantized(graph.input(x), sx, zx)]), sy, zy)
+            ours = arithmetic.global_average_pool(x, sx, zx, sy, zy, 0, 255)
+            all_equal(ours, graph.run(y, U8, expect="QLinearGlobalAveragePool"))
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+@pytest.mark.parametrize("count_include_pad", [False, True])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_average_pool(rank: int, count_include_pad: bool, ceil_mode: bool) -> None:
+    for _ in range(12):
+        space = [random.randint(5, 11) for _ in range(rank)]
+        kernel = [random.randint(1, 4) for _ in range(rank)]
+        stride = [random.randint(1, 3) for _ in range(rank)]
+        padding = [random.randint(0, k // 2) for k in kernel]
+        if ceil_mode and count_include_pad:
+            padding = [0] * rank
+        x, sx, zx, zy = codes(2, 3, *space), scale(), zero_point(), zero_point()
+        sy = sx * random.choice([0.5, 1, 1.25])
+        graph = Graph()
+        y = graph.node(
+            "AveragePool",
+            [graph.dequantized(graph.input(x), sx, zx)],
+            kernel_shape=kernel,
+            strides=stride,
+            pads=padding * 2,
+            ceil_mode=int(ceil_mode),
+            count_include_pad=int(count_include_pad and any(padding)),
+        )
+        y = graph.quantized(y, sy, zy)
+        window = (kernel, stride, padding, ceil_mode, count_include_pad)
+        ours = arithmetic.average_pool(x, sx, zx, sy, zy, *window, 0, 255)
+        all_equal(ours, graph.run(y, U8, expect="QLinearAveragePool"))
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_average_pool_averages_what_torch_averages(ceil_mode: bool) -> None:
+    x = torch.randn(2, 3, 11, 8)
+    for kernel, stride, padding in [((3, 2), (2, 2), (1, 0)), ((2, 2), (2, 3), (0, 0)), ((4, 4), (3, 3), (2, 1))]:
+        for include in (True, False):
+            if ceil_mode and include and any(padding):
+                continue
+            theirs = torch.nn.functional.avg_pool2d(x, kernel, stride, padding, ceil_mode, include)
+            ours = arithmetic.mean_of_windows(x, kernel, stride, padding, ceil_mode, include)
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_average_pool_refuses_what_onnx_counts_differently() -> None:
+    x, one, z = codes(1, 1, 5, 5), torch.ones(1), torch.zeros(1, dtype=U8)
+    with pytest.raises(TargetError, match="count_include_pad=False"):
+        arithmetic.average_pool(x, one, z, one, z, [2, 2], [2, 2], [1, 1], True, True, 0, 255)
+
+
+def test_concatenate_is_qlinear_concat() -> None:
+    for _ in range(10):
+        parts = [codes(2, 3, 50), codes(2, 5, 50), codes(2, 1, 50)]
+        scales, zero_points = [scale() for _ in parts], [zero_point() for _ in parts]
+        sy, zy = random.choice(scales), zero_points[0]
+        graph = Graph()
+        operands = [graph.dequantized(graph.input(x), s, z) for x, s, z in zip(parts, scales, zero_points, strict=True)]
+        y = graph.quantized(graph.node("Concat", operands, axis=1), sy, zy)
+        ours = arithmetic.concatenate(parts, scales, zero_points, sy, zy, 1, 0, 255)
+        all_equal(ours, graph.run(y, U8, expect="QLinearConcat"))

@@ -13,9 +13,10 @@ import torch
 
 from isogrid.errors import FormatError
 from isogrid.formats.codebooks import BINARY, IQ4_NL, NF4, apot_grid, e8p_grid, log2_grid
+from isogrid.formats.floats import ExponentGrid, FloatGrid, NativeGrid
 from isogrid.formats.format import Format
 from isogrid.formats.granularity import Granularity, PerChannel, PerFlatGroup, PerGroup, PerTensor, PerTile, PerToken
-from isogrid.formats.grid import FloatGrid, Grid, IntegerGrid, NativeGrid
+from isogrid.formats.grid import Grid, IntegerGrid
 
 GRAMMAR = """grid/granularity[:option,...]
   grid: int1..int8, uint1..uint8, fp8_e4m3, fp8_e5m2, fp6_e3m2, fp6_e2m3, fp4_e2m1, nf4, ternary, binary,
@@ -30,12 +31,12 @@ _FLOATS: dict[str, Grid] = {
     "float32": NativeGrid(torch.float32),
     "float16": NativeGrid(torch.float16),
     "bfloat16": NativeGrid(torch.bfloat16),
-    "fp8_e4m3": FloatGrid(4, 3, bias=7, highest=448.0),
-    "fp8_e5m2": FloatGrid(5, 2, bias=15, highest=57344.0),
-    "fp6_e3m2": FloatGrid(3, 2, bias=3, highest=28.0),
-    "fp6_e2m3": FloatGrid(2, 3, bias=1, highest=7.5),
-    "fp4_e2m1": FloatGrid(2, 1, bias=1, highest=6.0),
-    "e8m0": FloatGrid(8, 0, bias=127, highest=2.0**127, signed=False, has_zero=False),
+    "fp8_e4m3": FloatGrid(4, 3, bias=7, non_finite=1),
+    "fp8_e5m2": FloatGrid(5, 2, bias=15, non_finite=4),
+    "fp6_e3m2": FloatGrid(3, 2, bias=3),
+    "fp6_e2m3": FloatGrid(2, 3, bias=1),
+    "fp4_e2m1": FloatGrid(2, 1, bias=1),
+    "e8m0": ExponentGrid(),
 }
 _TABLES: dict[str, Callable[[], Grid]] = {
     "nf4": lambda: NF4,

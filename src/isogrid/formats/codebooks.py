@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from isogrid.errors import FormatError, NonFiniteError
-from isogrid.formats.grid import LookupGrid, VectorGrid
+from isogrid.formats.tables import LookupGrid, VectorGrid
 
 # QLoRA's NormalFloat (arXiv 2305.14314): quantiles of the normal distribution with an exact zero; the float32
 # values that bitsandbytes stores.
@@ -166,7 +166,7 @@ def _spread_seeds(points: Tensor, entries: int, seed: int) -> Tensor:
 def _lloyd(points: Tensor, centres: Tensor, rounds: int = 100) -> Tensor:
     """Centres moved to the mean of the points nearest to them, until none moves; one without points stays."""
     for _ in range(rounds):
-        pieces = points.split(max(1, 2**24 // len(centres)))
+        pieces = torch.split(points, max(1, 2**24 // len(centres)))
         nearest = torch.cat([torch.cdist(piece, centres).argmin(1) for piece in pieces])
         count = torch.bincount(nearest, minlength=len(centres))[:, None]
         total = torch.zeros_like(centres).index_add_(0, nearest, points)

@@ -1,13 +1,14 @@
 """A format is a grid, a granularity, and the formats in which its scale, zero point and offset are stored."""
 
 from dataclasses import dataclass, field
-from math import prod
+from math import frexp, prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from isogrid.errors import FormatError, NonFiniteError
+from isogrid.formats.floats import ExponentGrid, power_of_two_below
 from isogrid.formats.granularity import Granularity, PerTensor, Shape, block_view, blocks
 from isogrid.formats.grid import Grid, IntegerGrid
 
@@ -64,7 +65,7 @@ class Format:
             raise FormatError("A zero point needs an integer grid and goes without an offset.")
 
     def __str__(self) -> str:
-        return self.name or repr(self)
+        return self.name or f"{self.grid}/{self.granularity}"
 
     @property
     def is_symmetric(self) -> bool:
@@ -77,8 +78,14 @@ class Format:
             scale_shape = self.granularity.scale_shape(tuple(shape))
         except FormatError as error:
             raise FormatError(f"{self} does not fit a tensor of shape {list(shape)}: {error}") from None
-        if self.scale is not None:
-            self.scale.scale_shape(scale_shape)
+        for part in (self.scale, self.zero_point, self.offset):
+            try:
+                part and part.granularity.scale_shape(scale_shape)
+            except FormatError as error:
+                raise FormatError(
+                    f"{self} does not fit a tensor of shape {list(shape)}: its blocks have scales of shape "
+                    f"{list(scale_shape)}, and among these {error}"
+                ) from None
         return scale_shape
 
     def quantize(
@@ -88,28 +95,28 @@ class Format:
 
         Args:
             x: float tensor [...]; computed in float32 whatever its dtype.
-            scale, zero_point, offset: float tensors that fit x by blocks; where the scale is missing all three
-                are derived from each block: absmax, or min-max where the format has a zero point or an offset.
+            scale, zero_point, offset: float tensors that broadcast to `scale_shape(x.shape)`. Without a scale, all
+                three come from each block: absmax, or min-max where the format has a zero point or an offset.
+                With a scale, a missing zero point or offset is 0.
 
         Raises:
-            FormatError: the blocks do not fit the shape.
+            FormatError: the blocks do not fit the shape, or the format has no such part.
             NonFiniteError: x holds NaN, or infinity where the scale must be derived from it.
         """
-        unfit = ~x.isfinite() if scale is None else x.isnan()
+        unfit = x.isnan() if scale is not None else ~x.isfinite()
         if unfit.any():
             raise NonFiniteError(f"{self} cannot store NaN or infinity: {int(unfit.sum())} of {x.numel()} values are.")
         affine = self._affine(x, scale, zero_point, offset)
-        formats = (self.scale, self.zero_point, self.offset)
         stored = [
-            part.quantize(tensor) if part is not None and tensor is not None else None
-            for part, tensor in zip(formats, affine, strict=True)
+            None if part is None or tensor is None else part.quantize(tensor)
+            for part, tensor in zip(self._parts, affine, strict=True)
         ]
         real = Affine(*(None if part is None else part.dequantize() for part in stored))
         arranged = self.granularity.arrange(x)
         view, aligned = _align(arranged, real)
         codes = self.grid.encode(_normalize(view, aligned), aligned.zero_point)
         if self.grid.dimension > 1:
-            codes = codes.reshape(*arranged.shape[:-1], -1)
+            codes = codes.reshape(*arranged.shape[:-1], arranged.shape[-1] // self.grid.dimension)
         else:
             codes = self.granularity.restore(codes.reshape(arranged.shape), tuple(x.shape))
         return Quantized(codes, self, tuple(x.shape), *stored)
@@ -122,16 +129,22 @@ class Format:
         self, x: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None, offset: Tensor | None = None
     ) -> Tensor:
         """`quantize(x, ...).dequantize()` bit for bit, without the codes; NaN stays NaN. float32, the shape of x."""
-        real = self.stored(self._affine(x, scale, zero_point, offset))
-        arranged = self.granularity.arrange(x)
-        view, aligned = _align(arranged, real)
-        values = _scale_up(self.grid.nearest(_normalize(view, aligned), aligned.zero_point), aligned)
-        return self.granularity.restore(values.reshape(arranged.shape), tuple(x.shape))
+        return self.nearest(x, self.stored(self._affine(x, scale, zero_point, offset)))
 
     def stored(self, affine: Affine) -> Affine:
         """Scale, zero point and offset after the rounding that their storage does to them, float32."""
-        parts = zip((self.scale, self.zero_point, self.offset), affine, strict=True)
+        parts = zip(self._parts, affine, strict=True)
         return Affine(*(part.fake_quantize(tensor) if part and tensor is not None else None for part, tensor in parts))
+
+    def nearest(self, x: Tensor, stored: Affine) -> Tensor:
+        """The value nearest to each x that the format can hold, given scale, zero point and offset as stored.
+
+        They are taken as they are: storing twice may differ from storing once, where scales share a scale.
+        """
+        arranged = self.granularity.arrange(x)
+        view, aligned = _align(arranged, stored)
+        values = _scale_up(self.grid.nearest(_normalize(view, aligned), aligned.zero_point), aligned)
+        return self.granularity.restore(values.reshape(arranged.shape), tuple(x.shape))
 
     def default_affine(self, x: Tensor) -> Affine:
         """Scale, zero point and offset from the extremes of each block, before the rounding of their storage.
@@ -142,6 +155,8 @@ class Format:
             return Affine(None)
         scale_shape = self.scale_shape(tuple(x.shape))
         rows = blocks(self.granularity.arrange(x).to(torch.float32), scale_shape)
+        if rows.numel() == 0:
+            rows = rows.new_zeros(len(rows), 1)
         return extremes_affine(rows, self).reshape(scale_shape)
 
     def bits_per_value(self, shape: Shape) -> float:
@@ -151,25 +166,33 @@ class Format:
         >>> named_format("q4_k").bits_per_value((1, 256))
         4.5
         """
-        return self.storage_bits(shape) / prod(shape)
+        return self.storage_bits(shape) / max(1, prod(shape))
 
     def storage_bits(self, shape: Shape) -> float:
         """Storage in bits for a tensor of this shape."""
         scale_shape = self.scale_shape(shape)
         code_bits = self.grid.bits if self.code_bits is None else self.code_bits
         count = self.granularity.arrange(torch.empty(shape, device="meta")).numel() / self.grid.dimension
-        return code_bits * count + sum(
-            part.storage_bits(scale_shape) for part in (self.scale, self.zero_point, self.offset) if part
-        )
+        return code_bits * count + sum(part.storage_bits(scale_shape) for part in self._parts if part)
+
+    @property
+    def _parts(self) -> "tuple[Format | None, Format | None, Format | None]":
+        return self.scale, self.zero_point, self.offset
 
     def _affine(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None, offset: Tensor | None) -> Affine:
+        """The given parameters, checked and in the shape of the scale, or those derived from x."""
+        given = Affine(scale, zero_point, offset)
         if scale is None:
+            if zero_point is not None or offset is not None:
+                raise FormatError("A zero point or an offset needs the scale that it belongs to.")
             return self.default_affine(x)
-        if self.zero_point is not None and zero_point is None:
-            zero_point = torch.zeros_like(scale)
-        if self.offset is not None and offset is None:
-            offset = torch.zeros_like(scale)
-        return Affine(scale, zero_point, offset)
+        scale_shape = self.scale_shape(tuple(x.shape))
+        parts: list[Tensor | None] = []
+        for name, part, tensor in zip(Affine._fields, self._parts, given, strict=True):
+            if part is None and tensor is not None:
+                raise FormatError(f"{self} has no {name.replace('_', ' ')}, but one was given.")
+            parts.append(None if part is None else _fit(tensor, scale, scale_shape, name))
+        return Affine(*parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,6 +235,9 @@ class Quantized:
 def extremes_affine(rows: Tensor, fmt: Format) -> Affine:
     """The affine parameters that just fit the extremes of each row.
 
+    A symmetric scale that is stored as a power of two follows the OCP Microscaling specification v1.0, section
+    6.3: the largest power of two in the row over the largest in the grid, which saturates the row's top values.
+
     Args:
         rows: float32 [blocks, values].
         fmt: decides whether this is absmax or min-max; the range of a zero point always contains 0.
@@ -221,22 +247,30 @@ def extremes_affine(rows: Tensor, fmt: Format) -> Affine:
     """
     grid = fmt.grid
     if fmt.is_symmetric:
-        return Affine(_bound(rows, grid) / (grid.highest if grid.highest > 0 else -grid.lowest))
+        reach, end = _bound(rows, grid), grid.highest if grid.highest > 0 else -grid.lowest
+        if fmt.scale is not None and isinstance(fmt.scale.grid, ExponentGrid):
+            return Affine(power_of_two_below(reach) / 2.0 ** (frexp(end)[1] - 1))
+        return Affine(reach / end)
     lowest, highest = rows.amin(1), rows.amax(1)
     if fmt.zero_point is not None or (fmt.offset is not None and fmt.offset.grid.highest <= 0):
         lowest = lowest.clamp(max=0.0)
     if fmt.zero_point is not None:
         return zero_point_affine(lowest, highest.clamp(min=0.0), grid)
-    scale = (highest - lowest) / (grid.highest - grid.lowest)
+    scale = _step(lowest, highest, grid)
     return Affine(scale, offset=lowest - grid.lowest * scale)
 
 
 def zero_point_affine(lowest: Tensor, highest: Tensor, grid: Grid) -> Affine:
     """Scale and zero point that map `lowest <= 0 <= highest` (each [...]) to the ends of an integer grid."""
-    scale = (highest - lowest) / (grid.highest - grid.lowest)
+    scale = _step(lowest, highest, grid)
     divisor = torch.where(scale == 0, 1.0, scale)
     zero_point = torch.round(grid.lowest - lowest / divisor).clamp(grid.lowest, grid.highest)
     return Affine(scale, zero_point)
+
+
+def _step(lowest: Tensor, highest: Tensor, grid: Grid) -> Tensor:
+    """(highest - lowest) / (grid.highest - grid.lowest), by halves so that the difference cannot overflow."""
+    return (highest * 0.5 - lowest * 0.5) / ((grid.highest - grid.lowest) * 0.5)
 
 
 def _bound(rows: Tensor, grid: Grid) -> Tensor:
@@ -249,6 +283,19 @@ def _bound(rows: Tensor, grid: Grid) -> Tensor:
     return bound if grid.highest <= -grid.lowest else bound * (grid.highest / -grid.lowest)
 
 
+def _fit(tensor: Tensor | None, scale: Tensor, scale_shape: Shape, name: str) -> Tensor:
+    """A given parameter in the shape of the scale; zeros where it is not given."""
+    if tensor is None:
+        return scale.new_zeros(scale_shape)
+    try:
+        return tensor.expand(scale_shape)
+    except RuntimeError:
+        raise FormatError(
+            f"A {name.replace('_', ' ')} of shape {list(tensor.shape)} does not fit; the tensor's blocks need "
+            f"{list(scale_shape)}."
+        ) from None
+
+
 def _align(arranged: Tensor, affine: Affine) -> tuple[Tensor, Affine]:
     """Views of a tensor and of its parameters that broadcast against each other."""
     if affine.scale is None:
@@ -258,13 +305,14 @@ def _align(arranged: Tensor, affine: Affine) -> tuple[Tensor, Affine]:
 
 
 def _normalize(x: Tensor, affine: Affine) -> Tensor:
+    """Numbers in units of their scale."""
     x = x.to(torch.float32)
     if affine.offset is not None:
         x = x - affine.offset
     if affine.scale is None:
         return x
-    # A block of zeros, or one below what the scale's storage holds, has scale 0: its codes are those of zero.
-    return x / torch.where(affine.scale == 0, 1.0, affine.scale)
+    # A block of zeros, or one too small for the scale's storage, has scale 0 and gets the codes of zero.
+    return x / torch.where(affine.scale == 0, torch.finfo(torch.float32).max, affine.scale)
 
 
 def _scale_up(values: Tensor, affine: Affine) -> Tensor:

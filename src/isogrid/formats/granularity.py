@@ -228,7 +228,7 @@ def blocks(x: Tensor, scale_shape: Shape) -> Tensor:
     tensor([[0, 1, 4, 5],
             [2, 3, 6, 7]])
     """
-    pairs = [(pieces, size // pieces) for size, pieces in zip(x.shape, scale_shape, strict=True)]
+    pairs = [(pieces, size // max(1, pieces)) for size, pieces in zip(x.shape, scale_shape, strict=True)]
     split = x.reshape([n for pair in pairs for n in pair])
     order = list(range(0, split.dim(), 2)) + list(range(1, split.dim(), 2))
-    return split.permute(order).reshape(prod(scale_shape), -1)
+    return split.permute(order).reshape(prod(scale_shape), prod(piece for _, piece in pairs))

@@ -45,7 +45,7 @@ doctest: .venv/dev
 check: lint types imports doctest
 
 docs: .venv/docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv site build dist runs .coverage .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

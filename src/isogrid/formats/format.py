@@ -25,7 +25,7 @@ class Affine(NamedTuple):
 
     def reshape(self, shape: Shape) -> "Affine":
         """Every part in another shape."""
-        return Affine(*(None if part is None else part.reshape(shape) for part in self))
+        return Affine(*[None if part is None else part.reshape(shape) for part in self])
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Format:
             None if part is None or tensor is None else part.quantize(tensor)
             for part, tensor in zip(self._parts, affine, strict=True)
         ]
-        real = Affine(*(None if part is None else part.dequantize() for part in stored))
+        real = Affine(*[None if part is None else part.dequantize() for part in stored])
         arranged = self.granularity.arrange(x)
         view, aligned = _align(arranged, real)
         codes = self.grid.encode(_normalize(view, aligned), aligned.zero_point)
@@ -134,7 +134,7 @@ class Format:
     def stored(self, affine: Affine) -> Affine:
         """Scale, zero point and offset after the rounding that their storage does to them, float32."""
         parts = zip(self._parts, affine, strict=True)
-        return Affine(*(part.fake_quantize(tensor) if part and tensor is not None else None for part, tensor in parts))
+        return Affine(*[part.fake_quantize(tensor) if part and tensor is not None else None for part, tensor in parts])
 
     def nearest(self, x: Tensor, stored: Affine) -> Tensor:
         """The value nearest to each x that the format can hold, given scale, zero point and offset as stored.
@@ -219,7 +219,7 @@ class Quantized:
     def affine(self) -> Affine:
         """The float32 values of scale, zero point and offset."""
         parts = (self.scale, self.zero_point, self.offset)
-        return Affine(*(None if part is None else part.dequantize() for part in parts))
+        return Affine(*[None if part is None else part.dequantize() for part in parts])
 
     def dequantize(self) -> Tensor:
         """The float32 values that the codes stand for, in the tensor's shape."""

@@ -231,4 +231,4 @@ def blocks(x: Tensor, scale_shape: Shape) -> Tensor:
     pairs = [(pieces, size // max(1, pieces)) for size, pieces in zip(x.shape, scale_shape, strict=True)]
     split = x.reshape([n for pair in pairs for n in pair])
     order = list(range(0, split.dim(), 2)) + list(range(1, split.dim(), 2))
-    return split.permute(order).reshape(prod(scale_shape), prod(piece for _, piece in pairs))
+    return split.permute(order).reshape(prod(scale_shape), prod([piece for _, piece in pairs]))

@@ -10,19 +10,20 @@ import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
 TEN_LINES = DOCS / "how-to" / "ten-lines.md"
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 Names = dict[str, Any]
 
 
-def blocks(page: Path) -> list[str]:
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of each block of Python on a page."""
     return BLOCK.findall(page.read_text())
 
 
 def run(page: Path, names: Names) -> Names:
     """Run a page from top to bottom in the current folder and return the names it leaves."""
-    for block in blocks(page):
-        names = (run_prompts if block.startswith(">>>") else run_script)(block, page.name, names)
+    for language, block in blocks(page):
+        names = (run_prompts if language == "pycon" else run_script)(block, page.name, names)
     return names
 
 

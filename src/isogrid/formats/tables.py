@@ -92,6 +92,7 @@ class VectorGrid(Grid):
             raise FormatError(f"A codebook has the shape [entries >= 2, dimension], not {list(codebook.shape)}.")
         self.name = name
         self.codebook = codebook.detach().to(torch.float32)
+        self._lowest, self._highest = float(self.codebook.min()), float(self.codebook.max())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, VectorGrid) and self.name == other.name and self.codebook.equal(other.codebook)
@@ -115,12 +116,12 @@ class VectorGrid(Grid):
     @property
     def lowest(self) -> float:
         """The smallest coordinate."""
-        return float(self.codebook.min())
+        return self._lowest
 
     @property
     def highest(self) -> float:
         """The largest coordinate."""
-        return float(self.codebook.max())
+        return self._highest
 
     @property
     def code_dtype(self) -> torch.dtype:

@@ -73,7 +73,7 @@ class IntegerGrid(Grid):
     """The integers `low..high`, or with `midrise` the numbers halfway above them: `low + 1/2 .. high + 1/2`.
 
     A mid-rise grid has no zero; at few bits it loses least on bell-shaped weights (QuEST, arXiv 2502.05003).
-    The code is the integer itself. With a zero point `z` the code of `x` is `clamp(round(x) + z, low, high)`
+    The code is the integer itself. Ties go to the even integer. With a zero point `z` the code of `x` is `clamp(round(x) + z, low, high)`
     and stands for `code - z`: rounding comes before the addition, as in ONNX's QuantizeLinear.
 
     >>> IntegerGrid(-8, 7).encode(torch.tensor([0.5, 1.5, -9.0]))
@@ -137,7 +137,8 @@ class IntegerGrid(Grid):
     def round(self, x: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """The codes as float32, so that NaN survives."""
         x = x.to(torch.float32)
-        rounded = torch.round(x - self.shift if self.midrise else x)
+        # Halfway between two mid-rise values lie the integers; they go up.
+        rounded = torch.floor(x) if self.midrise else torch.round(x)
         # Adding zero where there is no zero point turns -0.0 into 0.0: an integer code has one zero.
         rounded = rounded + (0.0 if zero_point is None else zero_point.to(torch.float32))
         return rounded.clamp(self.low, self.high)

@@ -130,13 +130,13 @@ class VectorGrid(Grid):
 
     def encode(self, x: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """Index int32 [..., K / dimension] of the nearest vector to each group of x [..., K]."""
-        split = self._split(x.to(torch.float32))
+        split = self._split(x.to(torch.float64))
         # Far from all vectors only the direction counts; the bound keeps the products below from overflowing.
         vectors = split.clamp(-_FAR, _FAR).reshape(-1, self.dimension)
-        book = self.codebook.to(x.device)
+        book = self.codebook.to(x.device, torch.float64)
         half_norms = book.square().sum(1) / 2
         # argmin |v - c|^2 = argmin (|c|^2 / 2 - v.c): one matrix product, in pieces that keep memory small, and in
-        # float32 also where autocast would rather have it in bfloat16.
+        # float64, in which a vector of the codebook is sure to find itself. autocast would have it in bfloat16.
         with torch.autocast(x.device.type, enabled=False):
             pieces = torch.split(vectors, max(1, _PIECE // len(book)))
             indices = torch.cat([torch.argmin(half_norms - piece @ book.T, dim=1) for piece in pieces])
@@ -163,12 +163,12 @@ class VectorGrid(Grid):
 
 _FAR = 2.0**60
 # Distances held at a time: 64 MiB of them.
-_PIECE = 2**24
+_PIECE = 2**23
 
 
 def _float32_at_least(value: float) -> float:
     """The smallest float32 that is not below: comparing float32 numbers with either comes to the same."""
     rounded = torch.tensor(value, dtype=torch.float32)
-    if rounded < value:
+    if float(rounded) < value:
         rounded = torch.nextafter(rounded, torch.tensor(torch.inf))
     return float(rounded)

@@ -1,0 +1,145 @@
+"""The public functions: names are resolved here, and the floors below are joined."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from isogrid.errors import PlanError
+from isogrid.formats import Format, named_format
+from isogrid.planning import Plan, Rule, Scheme, scheme_from_name
+from isogrid.planning import convert as convert
+from isogrid.planning import prepare as prepare
+from isogrid.planning.capture import capture
+from isogrid.planning.placement import Placement
+from isogrid.planning.plan import InputSpec
+from isogrid.planning.state import is_prepared, prepared_state
+from isogrid.targets import Artifact, LoadedModel, read_artifact, target_from_name
+from isogrid.training import Phase, Schedule, calibrate, parameter_groups, restore, save
+from isogrid.verification import VerificationReport, verify_artifact
+
+
+def format(name: str) -> Format:
+    """The format of a name: `int4/group32`, `uint8/tensor`, `q4_k`, `nvfp4`.
+
+    Raises:
+        FormatError: there is no such format; the message shows the nearest names and the grammar.
+
+    >>> format("int4/group32").bits_per_value((64, 128))
+    5.0
+    """
+    return named_format(name)
+
+
+def plan(
+    model: nn.Module,
+    target: str = "onnxruntime",
+    scheme: str | Scheme | Sequence[Rule] = "w8a8",
+    rules: Sequence[Rule] = (),
+    *,
+    example_inputs: Sequence[Any],
+) -> Plan:
+    """Decide for every weight and activation of a model in which format it is stored, and say why.
+
+    The model runs once on the example inputs; it is not changed.
+
+    Args:
+        model: float.
+        target: the runtime, by name.
+        scheme: a scheme's name, or rules, which then stand before the default scheme `w8a8`.
+        rules: exceptions from the scheme; the first that matches wins.
+        example_inputs: arguments of the model's forward, as a tuple.
+
+    Returns:
+        A plan; `print(plan)` shows every site with its format and reason, and all that stays float.
+
+    Raises:
+        PlanError: a rule matches nothing, or the scheme is unknown.
+        TargetError: the target cannot run a format.
+        FormatError: a format does not fit a weight.
+        CaptureError: the model does not run on the example inputs.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> [site.name for site in plan(model, scheme="w8a8", example_inputs=(torch.zeros(1, 4),)).sites]
+    ['0.weight', '2.weight', '0.output', '0.input']
+    """
+    if not isinstance(example_inputs, tuple | list):
+        raise PlanError("example_inputs is a tuple of the arguments of forward: example_inputs=(x,).")
+    if is_prepared(model):
+        raise PlanError("The model is prepared already; plan the float model.")
+    if not isinstance(scheme, str | Scheme):
+        scheme, rules = "w8a8", (*rules, *scheme)
+    chosen = scheme_from_name(scheme) if isinstance(scheme, str) else scheme
+    runtime = target_from_name(target)
+    graph = capture(model, example_inputs)
+    inputs = tuple(
+        InputSpec(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in example_inputs if isinstance(x, Tensor)
+    )
+    return Placement(model, graph, runtime, chosen, tuple(rules), inputs).plan()
+
+
+def export(model: nn.Module, path: str | Path) -> Artifact:
+    """Write the artefact of a prepared model for its plan's target, with a sidecar `<path>.json`.
+
+    Raises:
+        NotCalibratedError, NonFiniteError: see `convert`.
+        TargetError: the model cannot be exported.
+    """
+    state = prepared_state(model)
+    return target_from_name(state.plan.target).export(convert(model), state.plan, path)
+
+
+def load(path: str | Path) -> LoadedModel:
+    """An artefact in its runtime, with the settings it was trained for; call it with tensors.
+
+    Raises:
+        ArtifactError: the file or its sidecar is missing, corrupt or truncated.
+    """
+    artifact = read_artifact(path)
+    return target_from_name(artifact.target).load(artifact)
+
+
+def verify(
+    model: nn.Module,
+    artifact: Artifact | str | Path,
+    batches: Iterable[Any],
+    metric: Callable[[Tensor, Any], float] | None = None,
+) -> VerificationReport:
+    """Run an artefact in its runtime on data and hold everything it computes against `convert(model)`.
+
+    Args:
+        model: prepared; the artefact was exported from it.
+        artifact: of `export`, or its path.
+        batches: as for `calibrate`.
+        metric: of (outputs, batch), averaged over batches and reported for both.
+
+    Returns:
+        A report that prints, has `to_json()`, and is falsy where any bound fails.
+
+    Raises:
+        ArtifactError: the artefact is missing, corrupt or truncated.
+    """
+    return verify_artifact(model, artifact, batches, metric)
+
+
+__all__ = [
+    "Artifact",
+    "Phase",
+    "Plan",
+    "Rule",
+    "Schedule",
+    "VerificationReport",
+    "calibrate",
+    "convert",
+    "export",
+    "format",
+    "load",
+    "parameter_groups",
+    "plan",
+    "prepare",
+    "restore",
+    "save",
+    "verify",
+]

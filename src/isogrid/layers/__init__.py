@@ -1,0 +1,1 @@
+"""The modules that a prepared model is made of."""

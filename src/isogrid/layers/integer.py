@@ -1,0 +1,251 @@
+"""The integer twins of quantised layers: what `isogrid.convert` puts in their places.
+
+They hold codes and scales, no float weights, and compute with the operators of `isogrid.layers.operators`. Between them
+travel float values that lie on a grid; each twin turns its input into codes and its output into values again,
+which changes nothing and lets any float operation stand between them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from isogrid.layers import operators  # noqa: F401  defines torch.ops.isogrid
+from isogrid.layers.operations import ConvolutionOperation
+from isogrid.layers.pooling import pooling_of
+
+ops = torch.ops.isogrid
+
+
+class StaticGrid(NamedTuple):
+    """A per-tensor integer grid: float32 [1], zero point [1] in the codes' dtype, and the codes in use."""
+
+    scale: Tensor
+    zero_point: Tensor
+    low: int
+    high: int
+
+    def with_activation(self, activation: str | None) -> "StaticGrid":
+        """The same grid for values after an activation: ReLU leaves the codes from the zero point on."""
+        return self._replace(low=max(self.low, int(self.zero_point))) if activation == "relu" else self
+
+
+class IntegerModule(nn.Module):
+    """Common ground: grids as buffers `<name>_scale` and `<name>_zero_point`, and a look at codes in passing.
+
+    Attributes:
+        watch: while set, called with the name and codes of each quantised input and output; forward goes on with the
+            codes that it returns.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watch: Callable[[str, Tensor], Tensor] | None = None
+        self.limits: dict[str, tuple[int, int]] = {}
+
+    def add_grid(self, name: str, grid: StaticGrid) -> None:
+        """Keep a grid under a name, which is also what exported graphs call its codes."""
+        self.register_buffer(f"{name}_scale", grid.scale.detach().clone())
+        self.register_buffer(f"{name}_zero_point", grid.zero_point.clone())
+        self.limits[name] = (grid.low, grid.high)
+
+    def grid(self, name: str) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of a grid."""
+        return getattr(self, f"{name}_scale"), getattr(self, f"{name}_zero_point")
+
+    def quantized(self, name: str, x: Tensor) -> Tensor:
+        """Codes of a float tensor."""
+        return self._watched(name, ops.quantize(x, *self.grid(name), *self.limits[name]))
+
+    def dequantized(self, name: str, codes: Tensor) -> Tensor:
+        """Values of codes."""
+        return ops.dequantize(self._watched(name, codes), *self.grid(name))  # type: ignore[no-any-return]
+
+    def _watched(self, name: str, codes: Tensor) -> Tensor:
+        return codes if self.watch is None else self.watch(name, codes)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name} codes {low}..{high}" for name, (low, high) in self.limits.items())
+
+
+class IntegerLayer(IntegerModule):
+    """A layer with integer weights.
+
+    Args:
+        weight: int8 codes; weight_scale: float32 [channels].
+        bias: int32 codes [channels] at input scale * weight_scale.
+        input, output: grids; no output grid leaves the output float.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+
+    def __init__(
+        self, weight: Tensor, weight_scale: Tensor, bias: Tensor, input: StaticGrid, output: StaticGrid | None
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("bias", bias)
+        self.add_grid("input", input)
+        if output is not None:
+            self.add_grid("output", output)
+
+    @property
+    def has_output_grid(self) -> bool:
+        """Whether the output is quantised."""
+        return "output" in self.limits
+
+
+class IntegerLinear(IntegerLayer):
+    """Linear on codes, x [..., in] to [..., out]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        operands = (self.quantized("input", x), *self.grid("input"), self.weight, self.weight_scale, self.bias)
+        if not self.has_output_grid:
+            return ops.static_linear_float(*operands)  # type: ignore[no-any-return]
+        return self.dequantized("output", ops.static_linear(*operands, *self.grid("output"), *self.limits["output"]))
+
+
+class IntegerFloatReluLinear(IntegerLinear):
+    """Linear on codes with float output, and a ReLU behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(min=0.0)
+
+
+class IntegerConvolution(IntegerLayer):
+    """Convolution on codes over one to three dimensions.
+
+    Args:
+        operation: stride, padding, dilation and groups.
+        edges: values to pad beforehand, as for torch.nn.functional.pad, and how; None where `operation` pads.
+    """
+
+    def __init__(self, operation: ConvolutionOperation, edges: tuple[list[int], str] | None, *args: Any) -> None:
+        super().__init__(*args)
+        self.operation, self.edges = operation, edges
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.edges is not None:
+            x = F.pad(x, self.edges[0], mode=self.edges[1])
+        o = self.operation
+        codes = ops.static_convolution(
+            self.quantized("input", x),
+            *self.grid("input"),
+            self.weight,
+            self.weight_scale,
+            self.bias,
+            *self.grid("output"),
+            o.stride,
+            o.padding,
+            o.dilation,
+            o.groups,
+            *self.limits["output"],
+        )
+        return self.dequantized("output", codes)
+
+
+class IntegerSite(IntegerModule):
+    """An operation of a forward on codes."""
+
+    def __init__(self, inputs: Sequence[StaticGrid], output: StaticGrid) -> None:
+        super().__init__()
+        self.names = ["input"] if len(inputs) == 1 else [f"input{number}" for number in range(len(inputs))]
+        for name, grid in zip(self.names, inputs, strict=True):
+            self.add_grid(name, grid)
+        self.add_grid("output", output)
+
+    def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Called with the torch function and its arguments, like the site it replaces."""
+        raise NotImplementedError
+
+
+class IntegerAdd(IntegerSite):
+    """Addition of codes on two grids, rounded once to a third."""
+
+    def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
+        a, b = args[:2]
+        if a.dim() < b.dim() or (a.dim() == b.dim() and a.numel() < b.numel()):
+            (a, first), (b, second) = (b, "input1"), (a, "input0")
+        else:
+            first, second = "input0", "input1"
+        operands = (self.quantized(first, a), *self.grid(first), self.quantized(second, b), *self.grid(second))
+        return self.dequantized("output", ops.static_add(*operands, *self.grid("output"), *self.limits["output"]))
+
+
+class IntegerAveragePool(IntegerSite):
+    """Average pooling of codes."""
+
+    def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
+        pooling = pooling_of(function, args[0], *args[1:], **kwargs)
+        x = (self.quantized("input", args[0]), *self.grid("input"), *self.grid("output"))
+        if pooling.kernel == tuple(args[0].shape[2:]) and not any(pooling.padding):
+            codes = ops.static_global_average_pool(*x, *self.limits["output"])
+        else:
+            window = (pooling.kernel, pooling.stride, pooling.padding, pooling.ceil_mode, pooling.count_include_pad)
+            codes = ops.static_average_pool(*x, *window, *self.limits["output"])
+        values = self.dequantized("output", codes)
+        return values if pooling.keeps_space else values.flatten(1)
+
+
+class IntegerConcat(IntegerSite):
+    """Concatenation of parts on one grid."""
+
+    def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
+        parts = zip(self.names, args[0], strict=True)
+        on_grid = [self.dequantized(name, self.quantized(name, part)) for name, part in parts]
+        return function(on_grid, *args[1:], **kwargs)  # type: ignore[no-any-return]
+
+
+class PackedLinear(nn.Module):
+    """Linear with a weight of 2, 4 or 8 bits in groups, float input and output; see `isogrid.layers.nbits`.
+
+    Args:
+        weight: uint8 [out, in / block, block * bits / 8]; weight_scale: float32 [out, in / block].
+        bias: float32 [out] or None.
+        bits, block: of the weight.
+        accuracy_level: 1 for float activations, 4 for int8 ones that are quantised as they come.
+    """
+
+    def __init__(
+        self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int, block: int, accuracy_level: int
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("bias", bias)
+        self.bits, self.block, self.accuracy_level = bits, block, accuracy_level
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = ops.matmul_nbits(
+            x, self.weight, self.weight_scale, None, self.bias, self.bits, self.block, self.accuracy_level
+        )
+        return y  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, block={self.block}, accuracy_level={self.accuracy_level}"
+
+
+class IntegerEmbedding(nn.Module):
+    """Rows of codes, each with its scale; indices [...] to values [..., dimension].
+
+    Args:
+        weight: int8 codes [entries, dimension]; weight_scale: float32 [entries, groups].
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, weight: Tensor, weight_scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+
+    def forward(self, input: Tensor) -> Tensor:
+        codes, scale = F.embedding(input, self.weight), F.embedding(input, self.weight_scale)
+        groups = codes.unflatten(-1, (scale.shape[-1], -1)).to(torch.float32)
+        return (groups * scale.unsqueeze(-1)).flatten(-2)

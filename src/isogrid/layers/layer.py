@@ -1,0 +1,217 @@
+"""What all quantised layers with a weight share."""
+
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from isogrid.layers import arithmetic
+from isogrid.layers.batch_norm import AbsorbedBatchNorm
+from isogrid.layers.dynamic import RuntimeRule
+from isogrid.layers.folding import Folded, fold
+from isogrid.layers.integer import StaticGrid
+from isogrid.layers.operations import BilinearOperation
+from isogrid.layers.static import accumulate, with_exact_value, with_value
+from isogrid.quantizers import Operand, Quantizer, quantized_operation
+from isogrid.quantizers.compiled import kernel
+
+Arithmetic = Literal["static", "float"]
+"""`static`: whole codes are accumulated and rescaled once. `float`: floating point on dequantised operands."""
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def link(module: nn.Module, name: str, other: nn.Module | None) -> None:
+    """Give a module an attribute that refers to another one without owning it, so that it is registered once.
+
+    Deep copies keep the reference inside the copy.
+    """
+    object.__setattr__(module, name, other)
+
+
+def replacement(module: nn.Module, kind: type[Module]) -> Module:
+    """A module of another class with everything the first one has: parameters, buffers, hooks, attributes, flags."""
+    new = kind.__new__(kind)
+    new.__dict__.update(module.__dict__)
+    return new
+
+
+class QuantizedLayer(nn.Module):
+    """Mixin of layers whose weight and input are quantised, with batch norm and activation inside.
+
+    Attributes:
+        weight_quantizer: owned.
+        input_quantizer: owned, or the quantizer of whatever produced the input, or None.
+        output_quantizer: None where the output stays float.
+        batch_norm: the absorbed batch norm that follows, or None.
+        activation: "relu" or None.
+        arithmetic: how the target computes.
+        input_on_grid: the input is already quantised by whatever produced it.
+        input_rule: how the runtime quantises the input as it comes, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_quantizer: Quantizer
+    input_quantizer: Quantizer | None
+    output_quantizer: Quantizer | None
+    batch_norm: AbsorbedBatchNorm | None
+    activation: str | None
+    arithmetic: Arithmetic
+    input_on_grid: bool
+    input_rule: RuntimeRule | None
+
+    @property
+    def operation(self) -> BilinearOperation:
+        """The float operation of this layer."""
+        raise NotImplementedError
+
+    def arrange_input(self, x: Tensor) -> Tensor:
+        """The input as `operation` takes it: padded, where the padding is not with zeros on equal sides."""
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output as the runtime computes it, with the gradient of its estimators."""
+        # Operations in here are not those of the model, so that no operation scope around may count them.
+        with torch._C.DisableTorchFunction():
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if self.input_quantizer is not None and not self.input_on_grid:
+            self.input_quantizer.observe(x)
+        x = self.arrange_input(x)
+        if self.input_rule is not None and self.weight_quantizer.enabled:
+            x = self.input_rule(x)
+        x_operand = self.input_quantizer.operand(x, self.input_on_grid) if self.input_quantizer is not None else None
+        weight_operand = self.weight_quantizer.operand(self.weight)
+        if self._computes_static(x_operand, weight_operand):
+            assert x_operand is not None and weight_operand is not None
+            return self._static_forward(x, x_operand, weight_operand)
+        if self.batch_norm is not None and weight_operand is not None:
+            weight_operand = self._with_sign(weight_operand)
+        y = quantized_operation(self.operation, x, self.weight, self.bias, x_operand, weight_operand)
+        if self.batch_norm is not None:
+            y = self.batch_norm.normalize(y)
+        y = F.relu(y) if self.activation == "relu" else y
+        return y if self.output_quantizer is None else self.output_quantizer(y)
+
+    def _computes_static(self, x_operand: Operand | None, weight_operand: Operand | None) -> bool:
+        if self.arithmetic != "static" or x_operand is None or weight_operand is None:
+            return False
+        live = self.batch_norm is not None and self.batch_norm.is_live
+        observing = self.output_quantizer is not None and not self.output_quantizer.enabled
+        return not live and not observing and x_operand.strength is None and weight_operand.strength is None
+
+    def _static_forward(self, x: Tensor, x_operand: Operand, weight_operand: Operand) -> Tensor:
+        weight_scale, x_scale = weight_operand.affine.scale, x_operand.affine.scale
+        assert weight_scale is not None and x_scale is not None
+        folded = self.folded(weight_scale, x_scale)
+        signed = weight_scale * self._weight_view(folded.weight_factor)
+        weight_operand = weight_operand._replace(affine=weight_operand.affine._replace(scale=signed))
+        exact = not self.training
+        accumulator = accumulate(self.operation, x, self.weight, x_operand, weight_operand, exact)
+        x_scale = x_scale.detach()
+        bias_codes = arithmetic.quantize_bias(folded.shift, x_scale, folded.scale)
+        total = accumulator.detach().to(torch.int32) + self._output_view(bias_codes)
+        y = None
+        if accumulator.requires_grad or (torch.is_grad_enabled() and self.bias is not None and self.bias.requires_grad):
+            y = self._differentiable_output(accumulator, x_scale * signed.detach())
+        output_operand = None if self.output_quantizer is None else self.output_quantizer.operand(total)
+        if output_operand is None:
+            value = arithmetic.dequantize_accumulator(total, x_scale, self._output_view(folded.scale))
+            value = value.clamp(min=0.0) if self.activation == "relu" else value
+            return value if y is None else with_value(y, value)
+        if self.output_quantizer is not None and y is not None:
+            self.output_quantizer.observe(y)
+        return self._quantized_output(y, total, x_scale, folded, output_operand)
+
+    def _quantized_output(
+        self, y: Tensor | None, total: Tensor, x_scale: Tensor, folded: Folded, operand: Operand
+    ) -> Tensor:
+        scale, zero_point = operand.affine.scale, operand.affine.zero_point
+        assert scale is not None
+        multiplier = arithmetic.multiplier(x_scale, self._output_view(folded.scale), scale.detach())
+        grid: Any = operand.format.grid
+        units = kernel(requantized_units, total)(
+            total, multiplier, zero_point, grid.low, grid.high, self.activation == "relu"
+        )
+        return units * scale if y is None else with_exact_value(y, units, operand)
+
+    def _differentiable_output(self, accumulator: Tensor, scale: Tensor) -> Tensor:
+        y = accumulator.to(torch.float32) * self._output_view(scale.reshape(-1))
+        if self.bias is not None:
+            y = y + self._output_view(self.bias)
+        if self.batch_norm is not None:
+            y = self.batch_norm.normalize(y)
+        return F.relu(y) if self.activation == "relu" else y
+
+    def folded(self, weight_scale: Tensor, x_scale: Tensor) -> Folded:
+        """Scales and shift of the layer with its batch norm folded in, [channels]."""
+        channels = self.weight.shape[0]
+        per_channel = weight_scale.detach().reshape(-1).expand(channels)
+        return fold(per_channel, x_scale, self.bias, self.batch_norm)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def integer_parts(self) -> tuple[Tensor, Tensor, Tensor, StaticGrid, StaticGrid | None]:
+        """Weight codes, folded scale, bias codes, input and output grid, as deployment stores them."""
+        assert self.input_quantizer is not None
+        input_grid = static_grid(self.input_quantizer)
+        weight_scale = self.weight_quantizer.stored().scale
+        assert weight_scale is not None
+        folded = self.folded(weight_scale, input_grid.scale)
+        signed = weight_scale * self._weight_view(folded.weight_factor)
+        grid: Any = self.weight_quantizer.format.grid
+        codes = grid.round(self.weight / signed).to(torch.int8)
+        bias = arithmetic.quantize_bias(folded.shift, input_grid.scale, folded.scale)
+        output = None
+        if self.output_quantizer is not None:
+            output = static_grid(self.output_quantizer).with_activation(self.activation)
+        return codes, folded.scale.clone(), bias, input_grid, output
+
+    def to_integer(self) -> nn.Module:
+        """The layer that computes on codes."""
+        raise NotImplementedError
+
+    def _with_sign(self, operand: Operand) -> Operand:
+        gain = self.batch_norm.weight if self.batch_norm is not None else None
+        if gain is None or operand.affine.scale is None:
+            return operand
+        sign = self._weight_view(torch.where(gain.detach() < 0, -1.0, 1.0))  # type: ignore[arg-type]
+        return operand._replace(affine=operand.affine._replace(scale=operand.affine.scale * sign))
+
+    def _weight_view(self, per_channel: Tensor) -> Tensor:
+        return per_channel.reshape(-1, *[1] * (self.weight.dim() - 1))
+
+    def _output_view(self, per_channel: Tensor) -> Tensor:
+        if self.operation.channel_axis == -1:
+            return per_channel
+        return per_channel.reshape(-1, *[1] * (self.weight.dim() - 2))
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr(), f"weight={self.weight_quantizer.format}"]
+        for name in ("input", "output"):
+            quantizer = getattr(self, f"{name}_quantizer")
+            parts.append(f"{name}={quantizer.format if quantizer is not None else 'float'}")
+        if self.activation:
+            parts.append(f"activation={self.activation}")
+        return ", ".join(part for part in parts if part)
+
+
+def static_grid(quantizer: Quantizer) -> StaticGrid:
+    """A calibrated per-tensor quantizer's grid as integer layers hold it."""
+    grid: Any = quantizer.format.grid
+    affine = quantizer.stored()
+    assert affine.scale is not None
+    zero_point = torch.zeros_like(affine.scale) if affine.zero_point is None else affine.zero_point
+    return StaticGrid(affine.scale.reshape(1), zero_point.reshape(1).to(grid.code_dtype), grid.low, grid.high)
+
+
+def requantized_units(
+    total: Tensor, multiplier: Tensor, zero_point: Tensor | None, low: int, high: int, relu: bool
+) -> Tensor:
+    """`arithmetic.requantize`, read back as code - zero point in float32."""
+    zero = torch.zeros(1) if zero_point is None else zero_point
+    lowest = torch.clamp(zero, min=low) if relu else torch.full_like(zero, low)
+    codes = torch.round(total.float() * multiplier) + zero
+    return torch.minimum(torch.maximum(codes, lowest), torch.full_like(zero, high)) - zero

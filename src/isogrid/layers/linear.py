@@ -1,0 +1,40 @@
+"""The quantised Linear."""
+
+import torch
+from torch import nn
+
+from isogrid.formats import PerGroup
+from isogrid.layers.integer import IntegerFloatReluLinear, IntegerLinear, PackedLinear
+from isogrid.layers.layer import QuantizedLayer
+from isogrid.layers.nbits import pack_matmul_nbits
+from isogrid.layers.operations import BilinearOperation, LinearOperation
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    """torch.nn.Linear with quantised weight, input and output; made by `isogrid.prepare`.
+
+    x [..., in_features] to [..., out_features]; float32 where the arithmetic is static.
+    """
+
+    @property
+    def operation(self) -> BilinearOperation:
+        return LinearOperation()
+
+    def to_integer(self) -> nn.Module:
+        if self.arithmetic == "float":
+            return self._packed()
+        parts = self.integer_parts()
+        if self.output_quantizer is None and self.activation == "relu":
+            return IntegerFloatReluLinear(*parts)
+        return IntegerLinear(*parts)
+
+    @torch.no_grad()
+    def _packed(self) -> nn.Module:
+        quantized = self.weight_quantizer.quantize(self.weight)
+        grid, granularity = quantized.format.grid, quantized.format.granularity
+        scale = quantized.affine.scale
+        assert scale is not None and isinstance(granularity, PerGroup)
+        bits = int(grid.bits)
+        bias = None if self.bias is None else self.bias.detach().to(torch.float32)
+        packed = pack_matmul_nbits(quantized.codes.to(torch.int8), bits, granularity.size)
+        return PackedLinear(packed, scale, bias, bits, granularity.size, 1 if self.input_rule is None else 4)

@@ -1,0 +1,172 @@
+"""Operations in a model's `forward` that are quantised: residual addition, concatenation, average pooling.
+
+Each is a module that its operation scope calls instead of the torch function, with the same arguments.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from isogrid.layers import arithmetic
+from isogrid.layers.integer import IntegerAdd, IntegerAveragePool, IntegerConcat, StaticGrid
+from isogrid.layers.layer import static_grid
+from isogrid.layers.pooling import Pooling, pooling_of
+from isogrid.layers.static import with_exact_value
+from isogrid.quantizers import Operand, Quantizer, fake_quantize
+
+
+class QuantizedSite(nn.Module):
+    """An operation with quantised inputs and output.
+
+    Args:
+        inputs_on_grid: for each input, whether whatever produced it has quantised it already.
+        activation: "relu" or None, applied to the output before it is quantised.
+
+    Attributes:
+        input_quantizer0, input_quantizer1, ...: owned where nobody else quantises that input, else links.
+        output_quantizer: owned, or shared with other sites that must have the same grid.
+    """
+
+    output_quantizer: Quantizer | None
+
+    def __init__(self, inputs_on_grid: Sequence[bool], activation: str | None = None):
+        super().__init__()
+        self.inputs_on_grid = tuple(inputs_on_grid)
+        self.activation = activation
+
+    @property
+    def input_quantizers(self) -> list[Quantizer]:
+        """The quantizer of each input."""
+        return [getattr(self, f"input_quantizer{number}") for number in range(len(self.inputs_on_grid))]
+
+    def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The operation's result as the runtime computes it; called with the torch function and its arguments."""
+        raise NotImplementedError
+
+    def operands(self, inputs: Sequence[Tensor]) -> list[Operand | None]:
+        """How each input is quantised now, after observers have seen those that nobody else quantises."""
+        found = []
+        for x, quantizer, fed in zip(inputs, self.input_quantizers, self.inputs_on_grid, strict=True):
+            if not fed:
+                quantizer.observe(x)
+            found.append(quantizer.operand(x, fed))
+        return found
+
+    def quantized(self, x: Tensor, operand: Operand | None) -> Tensor:
+        """An input on its grid."""
+        return x if operand is None or operand.on_grid else fake_quantize(x, operand)
+
+    def finish(self, y: Tensor, operands: Sequence[Operand | None], inputs: Sequence[Tensor]) -> Tensor:
+        """Activation and quantisation of the output; exact integers where all operands are static."""
+        y = F.relu(y) if self.activation == "relu" else y
+        if self.output_quantizer is None:
+            return y
+        self.output_quantizer.observe(y)
+        operand = self.output_quantizer.operand(y)
+        if operand is None:
+            return y
+        ramps = any(o is None or o.strength is not None for o in (*operands, operand))
+        if ramps:
+            return fake_quantize(y, operand)
+        with torch.no_grad():
+            units = self.exact_units(inputs, [o for o in operands if o is not None], operand)
+        return with_exact_value(y, units, operand)
+
+    def exact_units(self, inputs: Sequence[Tensor], operands: Sequence[Operand], output: Operand) -> Tensor:
+        """Code - zero point of the output, float32, by the runtime's rule."""
+        raise NotImplementedError
+
+    def to_integer(self) -> nn.Module:
+        """The site that computes on codes."""
+        raise NotImplementedError
+
+    def integer_grids(self) -> tuple[list[StaticGrid], StaticGrid]:
+        """The grids of inputs and output, as deployment stores them."""
+        assert self.output_quantizer is not None
+        output = static_grid(self.output_quantizer).with_activation(self.activation)
+        return [static_grid(quantizer) for quantizer in self.input_quantizers], output
+
+    def _units(self, codes: Tensor, operand: Operand) -> Tensor:
+        units = operand.format.grid.decode(codes, operand.affine.zero_point)
+        return units.clamp(min=0.0) if self.activation == "relu" else units
+
+    def extra_repr(self) -> str:
+        inputs = ", ".join(str(quantizer.format) for quantizer in self.input_quantizers)
+        output = "float" if self.output_quantizer is None else str(self.output_quantizer.format)
+        return f"inputs={inputs}, output={output}" + (f", activation={self.activation}" if self.activation else "")
+
+
+class QuantizedAdd(QuantizedSite):
+    """`a + b` on two grids, rounded once to a third."""
+
+    def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
+        inputs = args[:2]
+        operands = self.operands(inputs)
+        a, b = (self.quantized(x, operand) for x, operand in zip(inputs, operands, strict=True))
+        return self.finish(a + b, operands, (a, b))
+
+    def exact_units(self, inputs: Sequence[Tensor], operands: Sequence[Operand], output: Operand) -> Tensor:
+        (a_codes, *a_grid), (b_codes, *b_grid) = (stored(x, o) for x, o in zip(inputs, operands, strict=True))
+        codes = arithmetic.add(a_codes, *a_grid, b_codes, *b_grid, *_output(output))
+        return self._units(codes, output)
+
+    def to_integer(self) -> nn.Module:
+        return IntegerAdd(*self.integer_grids())
+
+
+class QuantizedAveragePool(QuantizedSite):
+    """Average pooling, global, adaptive or by windows, and the mean over space.
+
+    Attributes:
+        pooling: the windows of the latest call.
+    """
+
+    pooling: Pooling
+
+    def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
+        inputs = args[:1]
+        operands = self.operands(inputs)
+        x = self.quantized(inputs[0], operands[0])
+        pooling = pooling_of(function, x, *args[1:], **kwargs)
+        self.pooling = pooling
+        return self.finish(function(x, *args[1:], **kwargs), operands, (x,))
+
+    def exact_units(self, inputs: Sequence[Tensor], operands: Sequence[Operand], output: Operand) -> Tensor:
+        codes, scale, zero_point = stored(inputs[0], operands[0])
+        return self._units(self.pooling.codes(codes, scale, zero_point, *_output(output)), output)
+
+    def to_integer(self) -> nn.Module:
+        return IntegerAveragePool(*self.integer_grids())
+
+
+class QuantizedConcat(QuantizedSite):
+    """Concatenation of parts that all lie on one grid; nothing is rounded but parts that nobody has quantised."""
+
+    def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
+        parts, rest = args[0], args[1:]
+        operands = self.operands(parts)
+        return function([self.quantized(x, o) for x, o in zip(parts, operands, strict=True)], *rest, **kwargs)  # type: ignore[no-any-return]
+
+    def to_integer(self) -> nn.Module:
+        return IntegerConcat(*self.integer_grids())
+
+
+def stored(x: Tensor, operand: Operand) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and zero point (of the codes' dtype) of a tensor, as arithmetic functions take them."""
+    grid: Any = operand.format.grid
+    affine = operand.affine
+    assert affine.scale is not None
+    zero_point = torch.zeros_like(affine.scale) if affine.zero_point is None else affine.zero_point
+    scale, zero_point = affine.scale.detach(), zero_point.to(grid.code_dtype)
+    return arithmetic.quantize(x, scale, zero_point, grid.low, grid.high), scale, zero_point
+
+
+def _output(operand: Operand) -> tuple[Tensor, Tensor, int, int]:
+    grid: Any = operand.format.grid
+    affine = operand.affine
+    assert affine.scale is not None
+    zero_point = torch.zeros_like(affine.scale) if affine.zero_point is None else affine.zero_point
+    return affine.scale.detach(), zero_point.to(grid.code_dtype), grid.low, grid.high

@@ -1,0 +1,92 @@
+"""What a model does with tensors, seen from outside: calls, in the order they happened, and the values between them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+LAYER_KINDS = frozenset({"linear", "convolution", "embedding"})
+"""Calls of modules that have a weight to quantise."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module or of a torch function.
+
+    Attributes:
+        name: the module's path, or the scope's path and the site's name: `layer1.0.add`.
+        kind: linear, convolution, embedding, batch_norm, add, concat, relu, average_pool, pass (moves values without
+            changing them), dropout, or float (anything else).
+        type: the class or function, for people.
+        scope: path of the module whose forward made the call.
+        inputs, outputs: values, as numbers.
+        shape: of the first output.
+    """
+
+    name: str
+    kind: str
+    type: str
+    scope: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    shape: tuple[int, ...] = ()
+
+    @property
+    def output(self) -> int:
+        """The first output."""
+        return self.outputs[0]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All calls of one run of a model.
+
+    Attributes:
+        calls: in order.
+        model_inputs, model_outputs: values that enter and leave the model.
+        uncalled: paths of modules with parameters that the run did not reach.
+    """
+
+    calls: tuple[Call, ...]
+    model_inputs: tuple[int, ...]
+    model_outputs: tuple[int, ...]
+    uncalled: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def producer(self) -> dict[int, Call]:
+        """Which call made a value."""
+        return {value: call for call in self.calls for value in call.outputs}
+
+    @cached_property
+    def consumers(self) -> dict[int, list[Call]]:
+        """Which calls read a value."""
+        found: dict[int, list[Call]] = {}
+        for call in self.calls:
+            for value in dict.fromkeys(call.inputs):
+                found.setdefault(value, []).append(call)
+        return found
+
+    def only_consumer(self, value: int) -> Call | None:
+        """The one call that reads a value which nothing else reads and which does not leave the model."""
+        consumers = self.consumers.get(value, [])
+        return consumers[0] if len(consumers) == 1 and value not in self.model_outputs else None
+
+    def calls_of(self, name: str) -> list[Call]:
+        """The calls of one module or site; several where it is used more than once."""
+        return [call for call in self.calls if call.name == name]
+
+    def readers(self, value: int) -> Iterator[Call]:
+        """The calls that read a value, also after it has passed through calls that only move values."""
+        for call in self.consumers.get(value, []):
+            if call.kind in ("pass", "dropout"):
+                for output in call.outputs:
+                    yield from self.readers(output)
+            else:
+                yield call
+
+    def origin(self, value: int) -> tuple[int, bool]:
+        """The value before calls that only move values, and whether it arrives unchanged in training too."""
+        exact = True
+        while (call := self.producer.get(value)) is not None and call.kind in ("pass", "dropout"):
+            exact = exact and call.kind == "pass"
+            value = call.inputs[0]
+        return value, exact

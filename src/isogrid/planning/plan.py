@@ -1,0 +1,173 @@
+"""The plan: the outcome of rules and scheme for every site, with the reason, and all that stays float."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from isogrid.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model that is quantised.
+
+    Attributes:
+        name: `conv1.weight`, `conv1.input`, `layer1.0.add.output`.
+        kind: weight, input or output.
+        format: name of the format.
+        scale, estimator, range: how it trains; see `isogrid.Rule`.
+        shape: of the weight; of one example for activations, batch included.
+        reason: which rule or scheme decided, or whose grid it shares.
+    """
+
+    name: str
+    kind: str
+    format: str
+    scale: str
+    estimator: str
+    range: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where an input of a layer or operation gets its grid.
+
+    Attributes:
+        grid: the site that owns the grid.
+        on_grid: whether the value arrives already quantised.
+    """
+
+    grid: str
+    on_grid: bool
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one module with a weight.
+
+    Attributes:
+        path: of the module.
+        weight: the site of its weight; layers that share a parameter share the site.
+        input: where its input gets its grid, or None for float inputs.
+        output: the site that owns the grid of its output, or None for float outputs.
+        batch_norm: path of the batch norm it absorbs.
+        activation: "relu" where it applies the activation that follows.
+        arithmetic: static, weight_only or dynamic.
+    """
+
+    path: str
+    weight: str
+    input: Feed | None = None
+    output: str | None = None
+    batch_norm: str | None = None
+    activation: str | None = None
+    arithmetic: str = "static"
+
+
+@dataclass(frozen=True)
+class OperationPlan:
+    """What becomes of one operation in a module's forward.
+
+    Attributes:
+        scope: path of the module; site: name of the call within its forward; kind: add, concat or average_pool.
+        inputs, output, activation: as for a layer.
+    """
+
+    scope: str
+    site: str
+    kind: str
+    inputs: tuple[Feed, ...]
+    output: str
+    activation: str | None = None
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Shape and dtype of one example input, enough to make another like it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every site of a model with its format and the reason, and all that stays float.
+
+    Attributes:
+        target, scheme: names.
+        sites: weights and the activations that own a grid.
+        layers, operations: what `prepare` does.
+        scopes: paths of modules whose forward is watched, with the calls that other layers do for them.
+        floats: name and reason of what stays float.
+        inputs: of the model.
+    """
+
+    target: str
+    scheme: str
+    sites: tuple[Site, ...]
+    layers: tuple[LayerPlan, ...]
+    operations: tuple[OperationPlan, ...]
+    scopes: dict[str, tuple[str, ...]]
+    floats: tuple[tuple[str, str], ...]
+    inputs: tuple[InputSpec, ...] = field(default=())
+
+    def site(self, name: str) -> Site:
+        """A site by name."""
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise PlanError(f"The plan has no site {name!r}.")
+
+    def tables(self) -> tuple[Table, Table]:
+        """The sites, and what stays float, as Rich tables."""
+        sites = Table(title=f"Plan: {self.scheme} for {self.target}", title_justify="left")
+        for column in ("site", "format", "scale", "estimator", "range", "reason"):
+            sites.add_column(column, overflow="fold")
+        for site in self.sites:
+            sites.add_row(site.name, site.format, site.scale, site.estimator, site.range, site.reason)
+        floats = Table(title="Stays float", title_justify="left")
+        floats.add_column("what")
+        floats.add_column("why", overflow="fold")
+        for name, reason in self.floats or (("nothing", ""),):
+            floats.add_row(name, reason)
+        return sites, floats
+
+    def __str__(self) -> str:
+        console = Console(width=140)
+        with console.capture() as capture:
+            console.print(*self.tables())
+        return capture.get().rstrip()
+
+    def to_json(self) -> str:
+        """The plan as JSON text, which `from_json` reads back to an equal plan."""
+        return json.dumps(asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> "Plan":
+        """A plan from its JSON text; raises PlanError where the text is none."""
+        try:
+            data: dict[str, Any] = json.loads(text)
+            return Plan(
+                target=data["target"],
+                scheme=data["scheme"],
+                sites=tuple(Site(**{**site, "shape": tuple(site["shape"])}) for site in data["sites"]),
+                layers=tuple(LayerPlan(**{**layer, "input": _feed(layer["input"])}) for layer in data["layers"]),
+                operations=tuple(
+                    OperationPlan(**{**operation, "inputs": tuple(Feed(**feed) for feed in operation["inputs"])})
+                    for operation in data["operations"]
+                ),
+                scopes={path: tuple(skipped) for path, skipped in data["scopes"].items()},
+                floats=tuple((name, reason) for name, reason in data["floats"]),
+                inputs=tuple(InputSpec(tuple(spec["shape"]), spec["dtype"]) for spec in data["inputs"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise PlanError(f"This is not the JSON of a plan: {type(error).__name__}: {error}.") from error
+
+
+def _feed(data: dict[str, Any] | None) -> Feed | None:
+    return None if data is None else Feed(**data)

@@ -1,0 +1,198 @@
+"""Prepare: turn a float model into one that trains on its plan's grids, in place."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from isogrid.errors import NonFiniteError, PlanError
+from isogrid.formats import named_format
+from isogrid.layers.batch_norm import AbsorbedBatchNorm, AbsorbedBatchNorm1d, AbsorbedBatchNorm2d, AbsorbedBatchNorm3d
+from isogrid.layers.convolution import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d
+from isogrid.layers.dynamic import rule_of
+from isogrid.layers.embedding import QuantizedEmbedding
+from isogrid.layers.layer import QuantizedLayer, link, replacement
+from isogrid.layers.linear import QuantizedLinear
+from isogrid.layers.scope import OperationScope, open_scope
+from isogrid.layers.sites import QuantizedAdd, QuantizedAveragePool, QuantizedConcat, QuantizedSite
+from isogrid.planning.plan import LayerPlan, OperationPlan, Plan, Site
+from isogrid.planning.state import STATE_NAME, PreparedState, is_prepared
+from isogrid.quantizers import Quantizer
+from isogrid.quantizers.estimators import estimator_from_name
+from isogrid.quantizers.ranges import range_from_name
+
+LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: QuantizedLinear,
+    nn.Conv1d: QuantizedConv1d,
+    nn.Conv2d: QuantizedConv2d,
+    nn.Conv3d: QuantizedConv3d,
+    nn.Embedding: QuantizedEmbedding,
+    nn.BatchNorm1d: AbsorbedBatchNorm1d,
+    nn.BatchNorm2d: AbsorbedBatchNorm2d,
+    nn.BatchNorm3d: AbsorbedBatchNorm3d,
+}
+
+OPERATIONS: dict[str, type[QuantizedSite]] = {
+    "add": QuantizedAdd,
+    "average_pool": QuantizedAveragePool,
+    "mean": QuantizedAveragePool,
+    "concat": QuantizedConcat,
+}
+
+
+def prepare(model: nn.Module, plan: Plan) -> nn.Module:
+    """Make a model train on a plan's grids; works in place and returns the model.
+
+    Layers become Isogrid layers under their own names, so that float parameters keep their places in the
+    state_dict. Weights get their ranges here; activations get theirs from `isogrid.calibrate`.
+
+    Args:
+        model: the model that the plan was made for.
+        plan: of `isogrid.plan`.
+
+    Raises:
+        PlanError: the model is prepared already, or is not the one that was planned.
+        NonFiniteError: a weight holds NaN or infinity.
+    """
+    if is_prepared(model):
+        raise PlanError("The model is prepared already. Start from a float model, or change the plan before prepare.")
+    builder = _Builder(model, plan)
+    builder.check()
+    builder.build()
+    model.add_module(STATE_NAME, PreparedState(plan))
+    return model
+
+
+class _Builder:
+    """Replaces modules and hands out quantizers, each owned by one module."""
+
+    def __init__(self, model: nn.Module, plan: Plan):
+        self.model, self.plan = model, plan
+        self.quantizers: dict[str, Quantizer] = {}
+        self.owned: set[Quantizer] = set()
+
+    def check(self) -> None:
+        """Refuse a model that does not fit before anything is changed."""
+        for layer in self.plan.layers:
+            module = self._module(layer.path)
+            if layer.path == "":
+                raise PlanError(
+                    "A model that is itself one layer cannot be changed in place. Wrap it in nn.Sequential."
+                )
+            if type(module) not in LAYERS:
+                raise PlanError(
+                    f"The plan quantises {layer.path!r}, which is a {type(module).__name__}. Plan this model anew."
+                )
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            if not weight.isfinite().all():
+                raise NonFiniteError(
+                    f"The weight of {layer.path!r} holds NaN or infinity. Quantisation needs finite weights; "
+                    "look for the step of training that made them."
+                )
+            site = self.plan.site(layer.weight)
+            if layer.weight == f"{layer.path}.weight" and tuple(weight.shape) != site.shape:
+                raise PlanError(
+                    f"The plan knows {layer.path!r} with a weight of shape {list(site.shape)}, "
+                    f"not {list(weight.shape)}. Plan this model anew."
+                )
+        for operation in self.plan.operations:
+            self._module(operation.scope)
+
+    def build(self) -> None:
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        made: dict[nn.Module, nn.Module] = {}
+        for layer in self.plan.layers:
+            self._replace(layer.path, modules, made)
+            if layer.batch_norm is not None:
+                self._replace(layer.batch_norm, modules, made)
+        self._assign(made)
+        sites = self._sites()
+        for layer in self.plan.layers:
+            self._configure(layer)
+        for path, skipped in self.plan.scopes.items():
+            open_scope(self._module(path), OperationScope(sites.get(path, {}), skipped))
+        for site in self.plan.sites:
+            if site.kind == "weight":
+                module: Any = self._module(site.name.removesuffix(".weight"))
+                self._quantizer(site.name).fit(module.weight.detach())
+
+    def _replace(self, path: str, modules: dict[str, nn.Module], made: dict[nn.Module, nn.Module]) -> None:
+        old = modules[path]
+        if old not in made:
+            made[old] = replacement(old, LAYERS[type(old)])
+
+    def _assign(self, made: dict[nn.Module, nn.Module]) -> None:
+        """Put every new module wherever the old one was, under all its names."""
+        for parent in list(self.model.modules()):
+            for name, child in list(parent._modules.items()):
+                if child is not None and child in made:
+                    parent._modules[name] = made[child]
+
+    def _configure(self, plan: LayerPlan) -> None:
+        module: Any = self._module(plan.path)
+        self._give(module, plan.path, "weight_quantizer", plan.weight)
+        if isinstance(module, QuantizedEmbedding):
+            return
+        assert isinstance(module, QuantizedLayer)
+        module.arithmetic = "static" if plan.arithmetic == "static" else "float"
+        module.activation = plan.activation
+        module.input_on_grid = plan.input.on_grid if plan.input is not None else False
+        self._give(module, plan.path, "input_quantizer", plan.input.grid if plan.input is not None else None)
+        self._give(module, plan.path, "output_quantizer", plan.output)
+        module.input_rule = rule_of(self._quantizer(plan.weight).format) if plan.arithmetic == "dynamic" else None
+        norm: Any = self._module(plan.batch_norm) if plan.batch_norm is not None else None
+        assert norm is None or isinstance(norm, AbsorbedBatchNorm)
+        link(module, "batch_norm", norm)
+
+    def _sites(self) -> dict[str, dict[str, nn.Module]]:
+        found: dict[str, dict[str, nn.Module]] = {}
+        for plan in self.plan.operations:
+            found.setdefault(plan.scope, {})[plan.site] = self._site(plan)
+        return found
+
+    def _site(self, plan: OperationPlan) -> QuantizedSite:
+        name = f"{plan.scope}.{plan.site}".lstrip(".")
+        site = OPERATIONS[plan.kind]([feed.on_grid for feed in plan.inputs], plan.activation)
+        for number, feed in enumerate(plan.inputs):
+            self._give(site, name, f"input_quantizer{number}", feed.grid)
+        self._give(site, name, "output_quantizer", plan.output)
+        return site
+
+    def _give(self, module: nn.Module, name: str, attribute: str, site: str | None) -> None:
+        """A quantizer as an attribute: owned by the layer or operation its site is named after, a link elsewhere."""
+        quantizer = None if site is None else self._quantizer(site)
+        if (
+            quantizer is not None
+            and site is not None
+            and site.rpartition(".")[0] == name
+            and quantizer not in self.owned
+        ):
+            self.owned.add(quantizer)
+            module.add_module(attribute, quantizer)
+        else:
+            link(module, attribute, quantizer)
+
+    def _quantizer(self, name: str) -> Quantizer:
+        if name not in self.quantizers:
+            self.quantizers[name] = make_quantizer(self.plan.site(name))
+        return self.quantizers[name]
+
+    def _module(self, path: str) -> nn.Module:
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError:
+            raise PlanError(f"The plan names {path!r}, which this model does not have. Plan this model anew.") from None
+
+
+def make_quantizer(site: Site) -> Quantizer:
+    """The quantizer of a site, without a range yet."""
+    of_weight = site.kind == "weight"
+    rule: Any = site.scale
+    return Quantizer(
+        named_format(site.format),
+        site.shape if of_weight else (1,),
+        range_from_name(site.range),
+        estimator_from_name(site.estimator),
+        rule,
+        observes=not of_weight,
+    )

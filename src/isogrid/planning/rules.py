@@ -1,0 +1,133 @@
+"""Rules and schemes: which formats a user asks for, where."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from isogrid.errors import PlanError
+from isogrid.formats import named_format
+from isogrid.quantizers.estimators import estimator_from_name
+from isogrid.quantizers.ranges import range_from_name
+
+ScaleChoice = Literal["learned", "frozen", "moving", "dynamic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What to do with the layers and operations that a pattern matches. The first rule that matches wins.
+
+    Args:
+        match: a name with wildcards (`layer1.*.conv2`), a class name (`Conv2d`), a kind (`add`), or, after `re:`, a
+            regular expression that must match the whole name.
+        keep: "float" leaves the layer as it is; nothing else may then be given.
+        weight: format of the weight.
+        activation: format of inputs and outputs.
+        scale: `learned`, `frozen`, `moving` or `dynamic`, for weights and activations alike.
+        estimator: `ste`, `identity` or `lsq`.
+        range: how scales are chosen from data, such as `mse`, `absmax` or `percentile(99.9)`.
+
+    What is not given comes from the scheme.
+
+    >>> Rule(match="fc", weight="int8/channel").matches("fc", "Linear", "linear")
+    True
+    """
+
+    match: str
+    keep: Literal["float"] | None = None
+    weight: str | None = None
+    activation: str | None = None
+    scale: ScaleChoice | None = None
+    estimator: str | None = None
+    range: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [f.name for f in fields(self) if f.name not in ("match", "keep") and getattr(self, f.name) is not None]
+        if self.keep is not None and given:
+            raise PlanError(
+                f"The rule for {self.match!r} keeps the layer in float, so {given[0]!r} has no effect. Drop one."
+            )
+        if self.keep not in (None, "float"):
+            raise PlanError(f"The rule for {self.match!r} says keep={self.keep!r}; only keep='float' exists.")
+        if self.keep is None and not given:
+            raise PlanError(f"The rule for {self.match!r} asks for nothing. Give a format, or keep='float'.")
+        for name in (self.weight, self.activation):
+            if name is not None:
+                named_format(name)
+        if self.scale not in (None, "learned", "frozen", "moving", "dynamic"):
+            raise PlanError(f"Unknown scale {self.scale!r}. Known: learned, frozen, moving, dynamic.")
+        if self.estimator is not None:
+            estimator_from_name(self.estimator)
+        if self.range is not None:
+            range_from_name(self.range)
+
+    def matches(self, name: str, type_: str, kind: str) -> bool:
+        """Whether the pattern matches a layer or operation of this name, class and kind."""
+        if self.match.startswith("re:"):
+            return re.fullmatch(self.match[3:], name) is not None
+        return fnmatchcase(name, self.match) or self.match in (type_, kind)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A named set of choices for a whole model.
+
+    Attributes:
+        name: as users write it.
+        weight: format of weights.
+        activation: format of activations, or None where they stay float.
+        arithmetic: `static` (integers end to end), `weight_only` or `dynamic` (the runtime quantises activations).
+        description: one line for people.
+    """
+
+    name: str
+    weight: str
+    activation: str | None
+    arithmetic: Literal["static", "weight_only", "dynamic"]
+    description: str
+
+
+SCHEMES: dict[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("w8a8", "int8/channel", "uint8/tensor", "static", "8-bit weights and activations, integers end to end"),
+        Scheme("w4a8", "int4/channel", "uint8/tensor", "static", "4-bit weights, 8-bit activations"),
+        Scheme("w2a8", "int2/channel", "uint8/tensor", "static", "2-bit weights (-2..1), 8-bit activations"),
+        Scheme("ternary-a8", "ternary/channel", "uint8/tensor", "static", "weights -1, 0, 1, 8-bit activations"),
+        Scheme("w8a16", "int8/group32", None, "weight_only", "8-bit weights, float arithmetic"),
+        Scheme("w4a16", "int4/group32", None, "weight_only", "4-bit weights, float arithmetic"),
+        Scheme("w2a16", "int2/group32", None, "weight_only", "2-bit weights, float arithmetic"),
+        Scheme("w8a8-dynamic", "int8/group32", None, "dynamic", "8-bit weights, activations quantised as they come"),
+        Scheme("w4a8-dynamic", "int4/group32", None, "dynamic", "4-bit weights, activations quantised as they come"),
+    )
+}
+"""The schemes by name."""
+
+
+def scheme_from_name(name: str) -> Scheme:
+    """A scheme by its name; raises PlanError with the nearest names where there is none.
+
+    >>> scheme_from_name("w8a8").weight
+    'int8/channel'
+    """
+    if name not in SCHEMES:
+        raise PlanError(f"Unknown scheme {name!r}.{nearest(name, SCHEMES)} Known: {', '.join(SCHEMES)}.")
+    return SCHEMES[name]
+
+
+def unmatched_rules_error(unused: Sequence[Rule], names: Iterable[str]) -> PlanError:
+    """The error for rules that match nothing, with what they may have meant."""
+    rule = unused[0]
+    known = list(names)
+    return PlanError(
+        f"The rule for {rule.match!r} matches nothing, or only what earlier rules already match."
+        f"{nearest(rule.match, known)} Layers and operations: {', '.join(known) or 'none'}."
+    )
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' Did you mean ...?' with the most similar known words, or nothing."""
+    similar = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(name) for name in similar)}?" if similar else ""

@@ -1,0 +1,37 @@
+"""Formats made trainable: ranges choose a scale, estimators pass a gradient, a quantizer holds both."""
+
+from isogrid.quantizers.estimators import LSQ, Estimator, Identity, StraightThrough
+from isogrid.quantizers.functional import Operand, fake_quantize, quantized_operation
+from isogrid.quantizers.quantizer import Quantizer, ScaleRule
+from isogrid.quantizers.ranges import (
+    MSE,
+    RMS,
+    AbsMax,
+    AbsMean,
+    HistogramKL,
+    MinMax,
+    MovingAverage,
+    Percentile,
+    Range,
+)
+
+__all__ = [
+    "LSQ",
+    "MSE",
+    "RMS",
+    "AbsMax",
+    "AbsMean",
+    "Estimator",
+    "HistogramKL",
+    "Identity",
+    "MinMax",
+    "MovingAverage",
+    "Operand",
+    "Percentile",
+    "Quantizer",
+    "Range",
+    "ScaleRule",
+    "StraightThrough",
+    "fake_quantize",
+    "quantized_operation",
+]

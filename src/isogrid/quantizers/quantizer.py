@@ -1,0 +1,209 @@
+"""The quantizer: format + range + estimator, with the state that training changes."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from isogrid.errors import NotCalibratedError, PlanError
+from isogrid.formats import Affine, Format, Quantized
+from isogrid.formats.granularity import Shape, blocks
+from isogrid.quantizers.estimators import Estimator
+from isogrid.quantizers.functional import Operand, fake_quantize
+from isogrid.quantizers.observer import Observer
+from isogrid.quantizers.ranges import Range
+
+ScaleRule = Literal["learned", "frozen", "moving", "dynamic"]
+"""How a scale lives: a parameter; fixed once calibrated; a moving average of what passes; new from each tensor."""
+
+SMALLEST_SHARE = 2.0**-10
+"""A learned scale is never taken for less than this share of what it started from."""
+
+
+class Quantizer(nn.Module):
+    """A format with a chosen scale, as a module that trains.
+
+    Args:
+        fmt: what can be stored.
+        shape: of the tensor it quantises; for activations of any shape `(1,)`, with a per-tensor format.
+        range: how the scale is chosen from data.
+        estimator: what gradient passes the rounding.
+        scale_rule: `learned`, `frozen`, `moving` or `dynamic`.
+        observes: whether the range is taken from what flows through (activations) or fitted to one tensor (weights).
+
+    Attributes:
+        raw_scale: float32 in the format's scale shape; a parameter when learned. Read `scale` instead.
+        zero_point, offset: float32 buffers in the same shape, where the format has them.
+        calibrated: bool buffer [1].
+        strength: float32 buffer [1]: how much of the quantisation error is applied, 1 outside a ramp.
+        enabled, observing, range_is_frozen: what the next forward does; the schedule sets them.
+
+    Everything is created here, at least one-dimensional, and found by optimizers, checkpoints and FSDP2.
+
+    >>> from isogrid.formats import named_format
+    >>> from isogrid.quantizers import LSQ, AbsMax
+    >>> weight = torch.tensor([[0.5, -1.0], [7.0, 3.0]])
+    >>> quantizer = Quantizer(named_format("int4/channel"), (2, 2), AbsMax(), LSQ(), "learned")
+    >>> quantizer.fit(weight)
+    >>> quantizer(weight)
+    tensor([[ 0.5714, -1.0000],
+            [ 7.0000,  3.0000]], grad_fn=<_FakeQuantizeBackward>)
+    """
+
+    calibrated: Tensor
+    strength: Tensor
+    starting_scale: Tensor
+
+    def __init__(
+        self,
+        fmt: Format,
+        shape: Shape,
+        range: Range,
+        estimator: Estimator,
+        scale_rule: ScaleRule = "frozen",
+        observes: bool = False,
+    ):
+        super().__init__()
+        if scale_rule == "learned" and "scale" not in estimator.learns:
+            raise PlanError(f"{type(estimator).__name__} gives the scale no gradient. Use the estimator 'lsq'.")
+        if scale_rule in ("learned", "moving") and fmt.scale is None:
+            raise PlanError(f"{fmt} has no scale that could be {scale_rule}.")
+        self.format, self.range, self.estimator, self.scale_rule = fmt, range, estimator, scale_rule
+        scale_shape = fmt.scale_shape(shape)
+        scale = torch.ones(scale_shape)
+        if scale_rule == "learned":
+            self.raw_scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("raw_scale", scale)
+        self.register_buffer("starting_scale", scale.clone())
+        self.register_buffer("zero_point", torch.zeros(scale_shape) if fmt.zero_point is not None else None)
+        self.register_buffer("offset", torch.zeros(scale_shape) if fmt.offset is not None else None)
+        self.register_buffer("calibrated", torch.zeros(1, dtype=torch.bool))
+        self.register_buffer("strength", torch.ones(1))
+        self.tensors = nn.ParameterDict(estimator.tensors(fmt, shape))
+        self.observer = Observer() if observes and scale_rule != "dynamic" else None
+        self.enabled, self.observing, self.ramping, self.range_is_frozen = True, False, False, False
+        self._is_calibrated = scale_rule == "dynamic" or fmt.scale is None
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale in use, float32, always positive: a learned one is kept above a small share of its start."""
+        if self.scale_rule != "learned":
+            return self.raw_scale
+        return _FloorStraightThrough.apply(self.raw_scale, self.starting_scale * SMALLEST_SHARE)  # type: ignore[no-any-return]
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a range has been set; dynamic quantizers need none."""
+        return self._is_calibrated
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [...] as the runtime reads it after storage, in x's dtype; x itself while not enabled."""
+        self.observe(x)
+        operand = self.operand(x)
+        return x if operand is None else fake_quantize(x, operand)
+
+    def operand(self, x: Tensor, on_grid: bool = False) -> Operand | None:
+        """How x is quantised now; None while not enabled.
+
+        Args:
+            x: the tensor to be quantised; dynamic quantizers read it.
+            on_grid: x already lies on this quantizer's grid.
+
+        Raises:
+            NotCalibratedError: enabled, but without a range.
+        """
+        if not self.enabled:
+            return None
+        if not self._is_calibrated:
+            raise NotCalibratedError(
+                "A quantizer has seen no data. Run isogrid.calibrate(model, batches) before training or evaluation, "
+                "or let a Schedule with an observe phase do it."
+            )
+        strength = self.strength if self.ramping else None
+        return Operand(self.format, self.estimator, self.affine(x), dict(self.tensors), strength, on_grid)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Let the observer see a tensor, while observing; a moving range also follows it in training."""
+        if self.observer is None:
+            return
+        follows = self.scale_rule == "moving" and self.training and self.enabled and not self.range_is_frozen
+        if self.observing or follows:
+            self.observer.observe(x.detach())
+        if follows:
+            self.set_affine(self.observer.affine(self.format, self.range))
+
+    def affine(self, x: Tensor | None = None) -> Affine:
+        """Scale, zero point and offset in use; a dynamic quantizer derives them from x."""
+        if self.scale_rule == "dynamic":
+            if x is None:
+                raise NotCalibratedError("A dynamic quantizer derives its scale from the tensor it quantises.")
+            with torch.no_grad():
+                return self._fitted(x)
+        if self.format.scale is None:
+            return Affine(None)
+        scale = self.scale.detach() if self.range_is_frozen else self.scale
+        return Affine(scale, self.zero_point, self.offset)
+
+    def stored(self) -> Affine:
+        """Scale, zero point and offset as the artefact stores them, float32, detached."""
+        with torch.no_grad():
+            return self.format.stored(self.affine())
+
+    def quantize(self, x: Tensor) -> Quantized:
+        """The codes of x, exactly those that forward used."""
+        if not self._is_calibrated:
+            raise NotCalibratedError("A quantizer without a range has no codes. Run isogrid.calibrate(model, batches).")
+        with torch.no_grad():
+            return self.format.quantize(x, *self.affine(x))
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Choose the range from one tensor, a weight."""
+        if self.scale_rule != "dynamic" and self.format.scale is not None:
+            self.set_affine(self._fitted(x))
+
+    @torch.no_grad()
+    def fit_observed(self) -> None:
+        """Choose the range from what the observer has seen; raises NotCalibratedError if that is nothing."""
+        if self.observer is not None and self.format.scale is not None:
+            self.set_affine(self.observer.affine(self.format, self.range))
+
+    @torch.no_grad()
+    def set_affine(self, affine: Affine) -> None:
+        """Take over scale, zero point and offset; they count as calibrated from here on."""
+        assert affine.scale is not None
+        scale = affine.scale.reshape(self.raw_scale.shape)
+        self.raw_scale.copy_(scale)
+        self.starting_scale.copy_(scale)
+        for buffer, part in ((self.zero_point, affine.zero_point), (self.offset, affine.offset)):
+            if buffer is not None and part is not None:
+                buffer.copy_(part.reshape(buffer.shape))
+        self.calibrated.fill_(True)
+        self._is_calibrated = True
+
+    def extra_repr(self) -> str:
+        return f"{self.format}, {self.scale_rule}"
+
+    def _fitted(self, x: Tensor) -> Affine:
+        scale_shape = self.format.scale_shape(tuple(x.shape))
+        rows = blocks(self.format.granularity.arrange(x.detach()).to(torch.float32), scale_shape)
+        return self.range.fit(rows, self.format).reshape(scale_shape)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}calibrated" in state_dict:
+            self._is_calibrated = self._is_calibrated or bool(self.calibrated.all())
+
+
+class _FloorStraightThrough(torch.autograd.Function):
+    """Values kept above a floor, the gradient passing as if they were not, so that a scale can climb back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, floor: Tensor) -> Tensor:
+        return torch.maximum(x, floor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        return gradient, None

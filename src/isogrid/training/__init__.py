@@ -1,0 +1,17 @@
+"""Training: calibration, the schedule, parameter groups and checkpoints."""
+
+from isogrid.training.calibration import calibrate
+from isogrid.training.checkpoint import load_training, restore, save, save_training
+from isogrid.training.parameters import parameter_groups
+from isogrid.training.schedule import Phase, Schedule
+
+__all__ = [
+    "Phase",
+    "Schedule",
+    "calibrate",
+    "load_training",
+    "parameter_groups",
+    "restore",
+    "save",
+    "save_training",
+]

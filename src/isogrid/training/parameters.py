@@ -1,0 +1,48 @@
+"""Parameter groups for optimizers: scales train by rules of their own."""
+
+from typing import Any
+
+from torch import nn
+
+from isogrid.planning.state import prepared_state, quantizers
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    scale_lr: float | None = None,
+    relative_scale_lr: bool = True,
+) -> list[dict[str, Any]]:
+    """Groups for a torch optimizer: weights with decay, biases and norms without, scales by themselves.
+
+    Adam moves every parameter by about its learning rate a step, whatever the gradient; so the learning rate of a scale
+    is a share of the scale itself: each quantizer gets a group with `scale_lr` times its mean scale.
+
+    Args:
+        model: prepared.
+        lr: of everything but scales.
+        weight_decay: of weights; scales, biases and norms have none.
+        scale_lr: by what share of itself a scale may move a step; `lr` where not given.
+        relative_scale_lr: False for SGD, whose steps already follow LSQ's scaled gradient: `scale_lr` as it is.
+
+    >>> import isogrid as ig, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> plan = ig.plan(model, scheme="w8a8", example_inputs=(torch.zeros(1, 4),))
+    >>> [group["name"] for group in parameter_groups(ig.prepare(model, plan), lr=1e-3)]
+    ['weights', 'others', '0.weight_quantizer', '0.input_quantizer']
+    """
+    prepared_state(model)
+    scale_lr = lr if scale_lr is None else scale_lr
+    scales = {id(p): (name, q) for name, q in quantizers(model).items() for p in q.parameters()}
+    trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in scales]
+    groups: list[dict[str, Any]] = [
+        {"name": "weights", "params": [p for p in trainable if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
+        {"name": "others", "params": [p for p in trainable if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
+    ]
+    for name, quantizer in quantizers(model).items():
+        parameters = [p for p in quantizer.parameters() if p.requires_grad]
+        if parameters:
+            factor = float(quantizer.scale.detach().mean()) if relative_scale_lr else 1.0
+            groups.append({"name": name, "params": parameters, "lr": scale_lr * factor, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]

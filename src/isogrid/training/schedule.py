@@ -1,0 +1,132 @@
+"""The schedule: which part of quantisation is on at which optimizer step."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from isogrid.errors import PlanError
+from isogrid.planning.state import (
+    absorbed_batch_norms,
+    activation_quantizers,
+    prepared_state,
+    quantizers,
+    weight_quantizers,
+)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training.
+
+    Attributes:
+        name: float, observe, weights, ramp, quantized, end.
+        start: the first optimizer step of the phase.
+    """
+
+    name: str
+    start: int
+
+
+class Schedule:
+    """Switches quantisation on, ramps it up and freezes what must settle, by optimizer steps.
+
+    In order: `float_steps` of ordinary training; `observe_steps` in which observers watch and then set the ranges of
+    the activations; `weight_only_steps` with quantised weights and float activations; `ramp_steps` in which the
+    quantisation error is blended in from 0 to 1; then all of it. Batch norm goes over to its running statistics, and
+    ranges and scales stop moving, at a share of all steps.
+
+    The position is a buffer of the model, so a checkpoint of the model holds it: make the schedule again after
+    restoring and it continues where it was. Evaluation does not count.
+
+    Args:
+        model: prepared.
+        total_steps: optimizer steps of the whole run.
+        float_steps, observe_steps, weight_only_steps, ramp_steps: lengths of the first phases.
+        freeze_batch_norm: share of total_steps after which batch norm uses its running statistics.
+        freeze_ranges: share of total_steps after which scales stop moving.
+
+    Raises:
+        PlanError: the model is not prepared, or the phases do not fit into total_steps.
+
+    >>> import isogrid as ig, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> plan = ig.plan(model, scheme="w8a8", example_inputs=(torch.zeros(1, 4),))
+    >>> schedule = Schedule(ig.prepare(model, plan), total_steps=10, float_steps=2, observe_steps=3)
+    >>> schedule.phase
+    'float'
+    >>> schedule.phases()
+    [Phase(name='float', start=0), Phase(name='observe', start=2), Phase(name='quantized', start=5)]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        total_steps: int,
+        *,
+        float_steps: int = 0,
+        observe_steps: int = 0,
+        weight_only_steps: int = 0,
+        ramp_steps: int = 0,
+        freeze_batch_norm: float = 0.7,
+        freeze_ranges: float = 0.9,
+    ):
+        lengths = {"float": float_steps, "observe": observe_steps, "weights": weight_only_steps, "ramp": ramp_steps}
+        if total_steps < 1 or min(lengths.values()) < 0 or sum(lengths.values()) > total_steps:
+            raise PlanError(
+                f"The phases take {sum(lengths.values())} steps and the run has {total_steps}. "
+                "Give steps of at least 0 that fit into total_steps."
+            )
+        if not (0.0 <= freeze_batch_norm <= 1.0 and 0.0 <= freeze_ranges <= 1.0):
+            raise PlanError("freeze_batch_norm and freeze_ranges are shares of total_steps, between 0 and 1.")
+        self._state = prepared_state(model)
+        self._model = model
+        self.total_steps = total_steps
+        self.freeze_batch_norm_at = round(freeze_batch_norm * total_steps)
+        self.freeze_ranges_at = round(freeze_ranges * total_steps)
+        self._lengths = lengths
+        self._apply()
+
+    @property
+    def position(self) -> int:
+        """Optimizer steps done."""
+        return int(self._state.step.item())
+
+    @property
+    def phase(self) -> str:
+        """The name of the phase that the next forward belongs to."""
+        position = self.position
+        return [phase.name for phase in self.phases() if phase.start <= position][-1]
+
+    def phases(self) -> list[Phase]:
+        """The phases that take place, in order."""
+        found, start = [], 0
+        for name, length in self._lengths.items():
+            if length:
+                found.append(Phase(name, start))
+            start += length
+        return [*found, Phase("quantized", start)]
+
+    def step(self) -> None:
+        """Count one optimizer step; call it after `optimizer.step()`."""
+        before = self.phase
+        self._state.step += 1
+        if before == "observe" and self.phase != "observe":
+            for quantizer in activation_quantizers(self._model).values():
+                quantizer.fit_observed()
+        self._apply()
+
+    def _apply(self) -> None:
+        position, phase = self.position, self.phase
+        for quantizer in weight_quantizers(self._model).values():
+            quantizer.enabled = phase not in ("float", "observe")
+        for quantizer in activation_quantizers(self._model).values():
+            quantizer.enabled = phase not in ("float", "observe", "weights")
+            quantizer.observing = phase == "observe"
+        for quantizer in quantizers(self._model).values():
+            quantizer.ramping = phase == "ramp"
+            quantizer.range_is_frozen = position >= self.freeze_ranges_at
+            if phase == "ramp":
+                start = next(p.start for p in self.phases() if p.name == "ramp")
+                quantizer.strength.fill_((position - start + 1) / (self._lengths["ramp"] + 1))
+        for batch_norm in absorbed_batch_norms(self._model):
+            batch_norm.statistics_are_frozen = position >= self.freeze_batch_norm_at

@@ -1,0 +1,48 @@
+"""Counting what differs between two tensors, over many batches."""
+
+import torch
+from torch import Tensor
+
+
+class Tally:
+    """How many entries were compared, how many differ, and by how much.
+
+    Attributes:
+        compared, differing: entries.
+        largest: the largest absolute difference; infinite where NaN meets a number, or shapes differ.
+        reach: the largest magnitude on the expected side.
+
+    >>> tally = Tally()
+    >>> tally.add(torch.tensor([1, 2, 5]), torch.tensor([1, 2, 3]))
+    >>> tally.counts, tally.largest
+    ((3, 1), 2.0)
+    """
+
+    def __init__(self) -> None:
+        self.compared = self.differing = 0
+        self.largest = self.reach = 0.0
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Compared and differing entries."""
+        return self.compared, self.differing
+
+    @property
+    def relative(self) -> float:
+        """The largest difference as a share of the largest magnitude expected."""
+        return self.largest / self.reach if self.reach > 0 else self.largest
+
+    def add(self, actual: Tensor, expected: Tensor) -> None:
+        """Compare two tensors of one shape."""
+        self.compared += expected.numel()
+        if actual.shape != expected.shape:
+            self.differing += expected.numel()
+            self.largest = float("inf")
+            return
+        a, b = actual.double(), expected.double()
+        differs = ~((a == b) | (a.isnan() & b.isnan()))
+        self.differing += int(differs.sum())
+        if differs.any():
+            self.largest = max(self.largest, float((a - b)[differs].abs().nan_to_num(nan=torch.inf).max()))
+        if b.numel():
+            self.reach = max(self.reach, float(b.abs().nan_to_num().max()))

@@ -144,12 +144,14 @@ class Plane:
 
     def write(self, numbers: Numbers) -> Tensor:
         fields = torch.cat([numbers[path] for path in self.paths], 1) >> self.shift & 2**self.bits - 1
-        runs = fields.reshape(len(fields), -1, 8 // self.bits, self.stride)
+        rows, count = fields.shape
+        runs = fields.reshape(rows, count * self.bits // (8 * self.stride), 8 // self.bits, self.stride)
         placed: Tensor = runs << self._positions(fields)
         return placed.sum(2).flatten(1).to(torch.uint8)
 
     def read(self, data: Tensor, numbers: Numbers) -> None:
-        runs = data.to(torch.int64).reshape(len(data), -1, 1, self.stride)
+        rows, size = data.shape
+        runs = data.to(torch.int64).reshape(rows, size // self.stride, 1, self.stride)
         fields = (runs >> self._positions(data) & 2**self.bits - 1).flatten(1) << self.shift
         for path, part in zip(self.paths, fields.chunk(len(self.paths), 1), strict=True):
             numbers[path] |= part

@@ -43,7 +43,7 @@ class _Plain:
 
 
 @dataclass(frozen=True)
-class PerTensor(_Plain):
+class PerTensor:
     """One scale for the whole tensor.
 
     >>> PerTensor().scale_shape((4, 6))
@@ -52,6 +52,12 @@ class PerTensor(_Plain):
 
     def scale_shape(self, shape: Shape) -> Shape:
         return (1,) * max(1, len(shape))
+
+    def arrange(self, x: Tensor) -> Tensor:
+        return x if x.dim() else x.reshape(1)
+
+    def restore(self, arranged: Tensor, shape: Shape) -> Tensor:
+        return arranged.reshape(shape)
 
     def __str__(self) -> str:
         return "tensor"
@@ -114,8 +120,13 @@ class PerGroup:
     size: int
     pads: bool = False
 
+    def __post_init__(self) -> None:
+        _check_size(self.size)
+
     def scale_shape(self, shape: Shape) -> Shape:
-        last = shape[-1] if shape else 1
+        if not shape:
+            raise FormatError("Group granularity needs at least one dimension.")
+        last = shape[-1]
         if last % self.size and not self.pads:
             fitting = ", ".join(str(n) for n in range(2, last + 1) if last % n == 0) or "none but 1"
             raise FormatError(
@@ -146,6 +157,9 @@ class PerFlatGroup:
 
     size: int
 
+    def __post_init__(self) -> None:
+        _check_size(self.size)
+
     def scale_shape(self, shape: Shape) -> Shape:
         return (-(-prod(shape) // self.size),)
 
@@ -171,6 +185,9 @@ class PerTile(_Plain):
     rows: int
     columns: int
 
+    def __post_init__(self) -> None:
+        _check_size(min(self.rows, self.columns))
+
     def scale_shape(self, shape: Shape) -> Shape:
         if len(shape) < 2 or shape[-2] % self.rows or shape[-1] % self.columns:
             raise FormatError(
@@ -181,6 +198,11 @@ class PerTile(_Plain):
 
     def __str__(self) -> str:
         return f"tile{self.rows}x{self.columns}"
+
+
+def _check_size(size: int) -> None:
+    if size < 1:
+        raise FormatError(f"A block has at least one value, not {size}.")
 
 
 def block_view(shape: Shape, scale_shape: Shape) -> tuple[Shape, Shape]:

@@ -73,8 +73,9 @@ class IntegerGrid(Grid):
     """The integers `low..high`, or with `midrise` the numbers halfway above them: `low + 1/2 .. high + 1/2`.
 
     A mid-rise grid has no zero; at few bits it loses least on bell-shaped weights (QuEST, arXiv 2502.05003).
-    The code is the integer itself. Ties go to the even integer. With a zero point `z` the code of `x` is `clamp(round(x) + z, low, high)`
-    and stands for `code - z`: rounding comes before the addition, as in ONNX's QuantizeLinear.
+    The code is the integer itself; ties go to the even one. With a zero point `z` the code of `x` is
+    `clamp(round(x) + z, low, high)` and stands for `code - z`: rounding comes before the addition, as in ONNX's
+    QuantizeLinear.
 
     >>> IntegerGrid(-8, 7).encode(torch.tensor([0.5, 1.5, -9.0]))
     tensor([ 0,  2, -8], dtype=torch.int8)

@@ -29,7 +29,8 @@ def least_divergence_affine(rows: Tensor, fmt: Format, weights: Tensor | None, b
     parts = []
     for i, row in enumerate(rows):
         centres, mass = _histogram(row, bins) if weights is None else (row, weights[i].to(torch.float64))
-        parts.append(_best_threshold(centres, torch.where(centres == 0, 0.0, mass), fmt, bins))
+        mass = torch.where(centres == 0, 0.0, mass)
+        parts.append(_best_threshold(centres, mass, row.amin(), row.amax(), fmt, bins))
     return combine(lambda *pieces: torch.cat(pieces), *parts)
 
 
@@ -43,16 +44,16 @@ def _histogram(row: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     return centres.to(torch.float32), counts
 
 
-def _best_threshold(centres: Tensor, mass: Tensor, fmt: Format, bins: int) -> Affine:
-    """The parameters [1] of the best threshold for one histogram."""
-    reach = centres.abs().amax()
+def _best_threshold(centres: Tensor, mass: Tensor, smallest: Tensor, largest: Tensor, fmt: Format, bins: int) -> Affine:
+    """The parameters [1] of the best threshold for one histogram of values from smallest to largest."""
+    reach = torch.maximum(-smallest, largest)
     codes = len(fmt.grid.values())
     # At least one bin for each code; on a grid that is shared by both signs, half the codes lie on each side.
     start = min(bins, (codes + 1) // 2 if fmt.is_symmetric and fmt.grid.lowest < 0 < fmt.grid.highest else codes)
     stride = max(1, bins // 256)
     steps = torch.arange(bins, start - 1, -stride, device=centres.device)
     thresholds = reach * (steps / bins)
-    lowest, highest = torch.maximum(-thresholds, centres.amin()), torch.minimum(thresholds, centres.amax())
+    lowest, highest = torch.maximum(-thresholds, smallest), torch.minimum(thresholds, largest)
     pieces = zip(torch.split(lowest, 32), torch.split(highest, 32), strict=True)
     divergence = torch.cat([_divergence(centres, mass, low, high, fmt) for low, high in pieces])
     best = divergence.argmin()[None]

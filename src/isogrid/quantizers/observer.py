@@ -20,32 +20,32 @@ SMALLEST_EXPONENT = -100
 class Observer(nn.Module):
     """Extremes, their moving average, and a histogram of every tensor it is shown.
 
-        The histogram covers `[-2**exponent, 2**exponent)` with bins of equal width. When a value lies beyond, the reach
-        doubles until it holds the value, and neighbouring bins become one. Bin edges being dyadic, and counts
-        integers, the outcome is exact: the same bits in whatever order and batches the data comes, on any
-        device. Exact zeros (after a ReLU, in padding) are counted apart.
+    The histogram covers `[-2**exponent, 2**exponent)` with bins of equal width. When a value lies beyond, the reach
+    doubles until it holds the value, and neighbouring bins become one. Bin edges being dyadic, and counts
+    integers, the outcome is exact: the same bits in whatever order and batches the data comes, on any
+    device. Exact zeros (after a ReLU, in padding) are counted apart.
 
-        Args:
-            bins: of the histogram, a power of two; 0 for ranges that need none.
-            momentum: of the moving average, see MovingAverage.
+    Args:
+        bins: of the histogram, a power of two; 0 for ranges that need none.
+        momentum: of the moving average, see MovingAverage.
 
-        Attributes:
-            lowest, highest: float32 [1]; infinity and minus infinity before the first batch.
-            mean_lowest, mean_highest: float32 [1], the batches' extremes averaged.
-            batches: int64 [2], how many were seen: by all ranks up to the last synchronize, by this one since.
-            exponent: int32 [1].
-            counts: int64 [2, bins + 1], values in each bin, zeros last; rows as in `batches`.
+    Attributes:
+        lowest, highest: float32 [1]; infinity and minus infinity before the first batch.
+        mean_lowest, mean_highest: float32 [1], the batches' extremes averaged.
+        batches: int64 [2], how many were seen: by each rank up to the last synchronize, by this one since.
+        exponent: int32 [1].
+        counts: int64 [2, bins + 1], values in each bin, zeros last: those of all ranks up to the last synchronize,
+            those of this one since.
 
-        All of it is in the state dict. Moving the module to another float dtype leaves the statistics as they are.
+    All of it is in the state dict. Moving the module to another float dtype leaves the statistics as they are.
 
-        >>> from isogrid.formats import named_format
-        >>> from isogrid.quantizers.fitting import PIECE
-    from isogrid.quantizers.ranges import MinMax
-        >>> observer = Observer()
-        >>> observer.observe(torch.tensor([0.0, 1.0]))
-        >>> observer.observe(torch.tensor([[2.0], [2.55]]))
-        >>> observer.affine(named_format("uint8/tensor"), MinMax())
-        Affine(scale=tensor([0.0100]), zero_point=tensor([0.]), offset=None)
+    >>> from isogrid.formats import named_format
+    >>> from isogrid.quantizers.ranges import MinMax
+    >>> observer = Observer()
+    >>> observer.observe(torch.tensor([0.0, 1.0]))
+    >>> observer.observe(torch.tensor([[2.0], [2.55]]))
+    >>> observer.affine(named_format("uint8/tensor"), MinMax())
+    Affine(scale=tensor([0.0100]), zero_point=tensor([0.]), offset=None)
     """
 
     lowest: Tensor
@@ -216,7 +216,8 @@ def synchronize(observers: Iterable[Observer], group: Any = None) -> None:
     """Let every rank have seen what all ranks saw, with three collectives for any number of observers.
 
     Extremes become the least and the greatest of all. Histograms add up exactly, each rank contributing what it
-    saw since the last time. Moving averages become their mean over ranks, weighted by the batches since the last time.
+    saw since the last time. Moving averages become their mean over ranks, weighted by the batches since the last time;
+    one batch of every rank counts as one, so that momentum means the same for any number of ranks.
     Without an initialised process group nothing happens. All ranks must call it with the same observers.
 
     Args:
@@ -233,22 +234,23 @@ def synchronize(observers: Iterable[Observer], group: Any = None) -> None:
         dist.all_reduce(packed, operation, group)
         return list(torch.split(packed, [len(row) for row in rows]))
 
-    extremes = agree([torch.cat((o.lowest, -o.highest, -o.exponent)) for o in observers], dist.ReduceOp.MIN)
+    own = [torch.cat((o.lowest, -o.highest, -o.exponent, -o.batches[1:])) for o in observers]
+    extremes = agree(own, dist.ReduceOp.MIN)
     one = torch.ones(1, device=device)
-    sums = [
+    own = [
         torch.cat((o.mean_lowest, o.mean_highest, one.to(o.lowest.device))).double() * o.batches[1] for o in observers
     ]
-    means = agree(sums, dist.ReduceOp.SUM)
-    for observer, (lowest, highest, exponent), (mean_lowest, mean_highest, fresh) in zip(
+    means = agree(own, dist.ReduceOp.SUM)
+    for observer, (lowest, highest, exponent, fresh), (mean_lowest, mean_highest, weight) in zip(
         observers, extremes, means, strict=True
     ):
         observer.lowest.copy_(lowest)
         observer.highest.copy_(-highest)
         observer.widen((-exponent).to(observer.exponent))
-        if fresh > 0:
-            observer.mean_lowest.copy_(mean_lowest / fresh)
-            observer.mean_highest.copy_(mean_highest / fresh)
-        observer.batches[0] += fresh.long()
+        if weight > 0:
+            observer.mean_lowest.copy_(mean_lowest / weight)
+            observer.mean_highest.copy_(mean_highest / weight)
+        observer.batches[0] -= fresh.long()
         observer.batches[1] = 0
     counts = agree([o.counts[1] for o in observers], dist.ReduceOp.SUM)
     for observer, fresh in zip(observers, counts, strict=True):

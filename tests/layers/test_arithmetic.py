@@ -4,11 +4,11 @@ import random
 
 import pytest
 import torch
-from tests.layers.runtime import Graph
 from torch import Tensor
 
 from isogrid.errors import TargetError
 from isogrid.layers import arithmetic
+from tests.layers.runtime import Graph
 
 U8 = torch.uint8
 
@@ -223,6 +223,15 @@ def test_accumulators_beyond_what_float32_holds() -> None:
         transB=1,
     )
     all_equal(arithmetic.dequantize_accumulator(accumulator, one, one), graph.run(y, torch.float32, expect="QGemm"))
+
+
+def test_the_lowest_weights_do_not_fool_the_bound() -> None:
+    """|-128| is no int8: a bound computed in int8 would call these sums small."""
+    x, z = torch.full((1, 4096), 255, dtype=U8), torch.zeros(1, dtype=U8)
+    x[0, 0] = 254
+    w = torch.full((1, 4096), -128, dtype=torch.int8)
+    w[0, -1] = 127
+    assert int(arithmetic.linear(x, z, w)) == int(x.long() @ w.long().T)
 
 
 def test_an_int32_accumulator_wraps_as_in_the_runtime() -> None:

@@ -347,7 +347,7 @@ def _exact_dtype(weight: Tensor) -> torch.dtype:
         return torch.float64
     if fan_in * LARGEST_DIFFERENCE * 128 <= EXACT_IN_FLOAT32:
         return torch.float32
-    largest_sum = int(weight.flatten(1).abs().sum(1, dtype=torch.int64).max())
+    largest_sum = int(weight.flatten(1).to(torch.int16).abs().sum(1).max())  # |-128| does not fit into int8
     return torch.float32 if largest_sum * LARGEST_DIFFERENCE <= EXACT_IN_FLOAT32 else torch.float64
 
 

@@ -32,7 +32,7 @@ def reciprocal_int8(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     >>> codes[0, :2], scale * 127
     (tensor([  64., -127.]), tensor([[1.]]))
     """
-    blocks = x.float().unflatten(-1, (-1, block))
+    blocks = _in_blocks(x.float(), block)
     largest = blocks.abs().amax(-1, keepdim=True)
     codes = torch.round(blocks * torch.where(largest > 0, 127 / largest, 0))
     return codes.flatten(-2), largest.squeeze(-1) / 127
@@ -71,7 +71,7 @@ def matmul_nbits(
     weight = dequantize_matmul_nbits(packed, scales, zero_points, bits)
     if quantizes_input(bits, block, accuracy_level):
         codes, scale = reciprocal_int8(x, block)
-        x = (codes.unflatten(-1, (-1, block)) * scale.unsqueeze(-1)).flatten(-2)
+        x = (_in_blocks(codes, block) * scale.unsqueeze(-1)).flatten(-2)
     return functional.linear(x.float(), weight, bias)
 
 
@@ -79,7 +79,7 @@ def dequantize_matmul_nbits(packed: Tensor, scales: Tensor, zero_points: Tensor 
     """The weight that a packed one stands for, `(code - zero point) * scale`, float32 [N, K]."""
     codes = _unpack(packed, bits).float()
     if zero_points is None:
-        return ((codes - 2 ** (bits - 1)) * scales.unsqueeze(-1)).flatten(1)
+        return ((codes - (1 << bits - 1)) * scales.unsqueeze(-1)).flatten(1)
     zeros = _unpack(zero_points, bits)[:, : scales.shape[1]].float()
     return ((codes - zeros.unsqueeze(-1)) * scales.unsqueeze(-1)).flatten(1)
 
@@ -106,8 +106,8 @@ def pack_matmul_nbits(codes: Tensor, bits: int, block: int) -> Tensor:
             f"MatMulNBits has weights of {_either(BITS)} bits in blocks of {_either(BLOCKS)} that divide the number of "
             f"inputs, not of {bits} bits in blocks of {block} for {codes.shape[1]} inputs."
         )
-    offset = 2 ** (bits - 1) if codes.dtype.is_signed else 0
-    return _pack(codes.to(torch.int16) + offset, bits).unflatten(1, (-1, block * bits // 8))
+    offset = 1 << bits - 1 if codes.dtype.is_signed else 0
+    return _in_blocks(_pack(codes.to(torch.int16) + offset, bits), block * bits // 8)
 
 
 def pack_zero_points(zero_points: Tensor, bits: int) -> Tensor:
@@ -119,12 +119,16 @@ def pack_zero_points(zero_points: Tensor, bits: int) -> Tensor:
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
     shifts = torch.arange(0, 8, bits, dtype=torch.int16, device=codes.device)
-    return (codes.unflatten(-1, (-1, 8 // bits)) << shifts).sum(-1).to(torch.uint8)
+    return (_in_blocks(codes, 8 // bits) << shifts).sum(-1).to(torch.uint8)
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+    return ((packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)
+
+
+def _in_blocks(x: Tensor, size: int) -> Tensor:
+    return x.reshape(*x.shape[:-1], -1, size)
 
 
 def _either(values: tuple[int, ...]) -> str:

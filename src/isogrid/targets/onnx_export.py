@@ -1,0 +1,93 @@
+"""From a module to an ONNX model."""
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from isogrid.targets.onnx_graph import finish
+from isogrid.targets.onnx_translation import TRANSLATIONS
+
+OPSET = 21
+"""Has INT4."""
+
+OPSET_OF_INT2 = 25
+
+
+def to_onnx(
+    module: nn.Module,
+    example_inputs: tuple[Any, ...],
+    *,
+    dynamic_batch: bool = True,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> onnx.ModelProto:
+    """The ONNX model of a module that is made of `isogrid` operators and of what ONNX knows.
+
+    Args:
+        module: in evaluation mode.
+        example_inputs: positional arguments of its forward.
+        dynamic_batch: leave the first dimension of every input open.
+        input_names, output_names: in the file; by default the names in forward, and what the exporter calls them.
+    """
+    if dynamic_batch:
+        # The exporter takes a dimension of one for a constant.
+        example_inputs = pytree.tree_map_only(Tensor, _twice, example_inputs)
+    batch = torch.export.Dim("batch")
+    shapes = pytree.tree_map(lambda x: {0: batch} if _has_batch(x) else None, example_inputs)
+    if _takes_any_arguments(module):
+        shapes = (shapes,)
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            module,
+            example_inputs,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=OPSET_OF_INT2 if _has_two_bit_weights(module) else OPSET,
+            dynamic_shapes=shapes if dynamic_batch else None,
+            custom_translation_table=TRANSLATIONS,
+            input_names=input_names,
+            output_names=output_names,
+        )
+    assert program is not None
+    return finish(program.model)
+
+
+def _takes_any_arguments(module: nn.Module) -> bool:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+
+
+def _has_batch(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 0
+
+
+def _twice(x: Tensor) -> Tensor:
+    return torch.cat([x, x]) if _has_batch(x) and x.shape[0] == 1 else x
+
+
+def _has_two_bit_weights(module: nn.Module) -> bool:
+    codes = (b for b in module.buffers() if b.dtype == torch.int8 and b.dim() > 1)
+    return any(int(b.min()) >= -2 and int(b.max()) <= 1 for b in codes)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on packages that are not installed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,222 @@
+"""What happens to an exported graph before it is written: the same values with fewer nodes and fewer bytes."""
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common
+from onnxscript import optimizer
+
+# Weight codes are stored in the smallest of these that holds them, each with the first opset that has it.
+SUB_BYTE_TYPES = ((ir.DataType.INT2, ml_dtypes.int2, -2, 1, 25), (ir.DataType.INT4, ml_dtypes.int4, -8, 7, 21))
+# Nodes that are named after the module they come from, so that a runtime's rewrite of one can be reported by its name.
+NAMED_NODES = {"Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulNBits"}
+MODULE_PATH = "pkg.torch.onnx.name_scopes"
+
+
+def finish(model: ir.Model) -> onnx.ModelProto:
+    """The file of an exported model, which computes the same bits.
+
+    - The codes of each quantised tensor are named after their scale: those of `conv1.output_scale` are `conv1.output`.
+      They are what QuantizeLinear makes, after the Clip that narrows it.
+    - A QuantizeLinear that undoes the DequantizeLinear before it is removed, as is all that is computed twice.
+    - Weight codes of four bits or fewer are stored as INT4 or INT2, and cast to INT8 where they are used: ONNX Runtime
+      folds the cast when it loads the model and then uses its 8-bit kernels. INT2 needs opset 25.
+    - Nothing is stored that a reader can infer.
+
+    Args:
+        model: as `torch.onnx.export(..., optimize=False)` makes it; changed in place.
+    """
+    _name_codes(model.graph)
+    _remove_round_trips(model.graph)
+    optimizer.optimize(model)
+    _make_scalars(model.graph)
+    _prepare_weights(model)
+    _strip(model)
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+    model.ir_version = onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]
+    return proto
+
+
+def _name_codes(graph: ir.Graph) -> None:
+    taken = {value.name for value in _values(graph)}
+    for node in graph:
+        if node.op_type != "QuantizeLinear":
+            continue
+        codes = node.outputs[0]
+        clip = codes.consumers()[0] if len(codes.consumers()) == 1 else None
+        completed = clip.outputs[0] if clip is not None and clip.op_type == "Clip" else codes
+        site = re.fullmatch(r"(.+)[._]scale", _input(node, 1).name or "")
+        if site is None or completed.is_graph_output():
+            continue
+        completed.name = _unique(site[1], taken)
+        if completed is not codes:
+            codes.name = f"{completed.name}_unclipped"
+
+
+def _remove_round_trips(graph: ir.Graph) -> None:
+    """Codes that were dequantised and quantised again on the same grid are the same codes."""
+    for node in graph:
+        before = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        if before is None or node.outputs[0].is_graph_output():
+            continue
+        same = (before.op_type, node.op_type) == ("DequantizeLinear", "QuantizeLinear") and all(
+            _same_constant(_input(before, i), _input(node, i)) for i in (1, 2)
+        )
+        if same:
+            node.outputs[0].replace_all_uses_with(_input(before, 0))
+        elif (before.op_type, node.op_type) == ("Clip", "Clip") and all(
+            _same_constant(_input(before, i), _input(node, i)) for i in (1, 2)
+        ):
+            node.outputs[0].replace_all_uses_with(before.outputs[0])
+
+
+def _make_scalars(graph: ir.Graph) -> None:
+    """A grid of the whole tensor has scalars: a list of one would be one grid a channel."""
+    for node in graph:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        for parameter in node.inputs[1:]:
+            if parameter is not None and parameter.const_value is not None and parameter.const_value.size == 1:
+                parameter.const_value = ir.tensor(parameter.const_value.numpy().reshape(()), name=parameter.name)
+                parameter.shape = ir.Shape(())
+                node.attributes.pop("axis", None)
+
+
+def _prepare_weights(model: ir.Model) -> None:
+    for node in list(model.graph):
+        weight = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if weight is None or weight.const_value is None or weight.const_value.dtype != ir.DataType.INT8:
+            continue
+        codes = weight.const_value.numpy()
+        packed = _pack(weight, codes, model)
+        for number, consumer in enumerate(node.outputs[0].consumers()):
+            if number > 0 and not packed:
+                node = _copy_for(consumer, node, f"{weight.name}_{number + 1}", model.graph)
+            if consumer.op_type == "Gemm":
+                _give_zero_point(node, model.graph)
+
+
+def _pack(weight: ir.Value, codes: NDArray[np.int8], model: ir.Model) -> bool:
+    for dtype, stored, low, high, opset in SUB_BYTE_TYPES:
+        if codes.min() < low or codes.max() > high or model.opset_imports[""] < opset:
+            continue
+        weight.const_value = ir.tensor(codes.astype(stored), name=weight.name)
+        weight.dtype = dtype
+        (node, _), *_ = weight.uses()
+        cast = _insert(model.graph, node, "Cast", [weight], {"to": ir.DataType.INT8}, f"{weight.name}_int8")
+        for user, index in weight.uses():
+            if user is not cast.producer():
+                user.replace_input_with(index, cast)
+        return True
+    return False
+
+
+def _copy_for(consumer: ir.Node, dequantize: ir.Node, name: str, graph: ir.Graph) -> ir.Node:
+    """A weight of its own for a consumer of a shared one, at the cost of a node.
+
+    ONNX Runtime turns every int8 weight into uint8 where the processor wants it, and fails when it has done so
+    already. It folds the Reshape when it loads the model, before that.
+    """
+    weight, scale = _input(dequantize, 0), _input(dequantize, 1)
+    shape = ir.tensor(np.array(weight.shape, dtype=np.int64), name=f"{name}_shape")
+    copy = _insert(graph, consumer, "Reshape", [weight, _initializer(shape, graph)], {}, name)
+    values = _insert(graph, consumer, "DequantizeLinear", [copy, scale], dict(dequantize.attributes), f"{name}_values")
+    for index, value in enumerate(consumer.inputs):
+        if value is dequantize.outputs[0]:
+            consumer.replace_input_with(index, values)
+    return _producer(values)
+
+
+def _give_zero_point(dequantize: ir.Node, graph: ir.Graph) -> None:
+    """ONNX Runtime fuses a Gemm only if its weight has a zero point, and one of its own at that."""
+    zeros = np.zeros_like(_input(dequantize, 1).const_value, dtype=np.int8)
+    zero_point = _initializer(ir.tensor(zeros, name=f"{_input(dequantize, 0).name}_zero_point"), graph)
+    dequantize.resize_inputs(3)
+    dequantize.replace_input_with(2, zero_point)
+
+
+def _initializer(tensor: ir.TensorProtocol, graph: ir.Graph) -> ir.Value:
+    value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _insert(
+    graph: ir.Graph, before: ir.Node, op_type: str, inputs: list[ir.Value], attributes: dict[str, Any], name: str
+) -> ir.Value:
+    node = ir.node(op_type, inputs, attributes=attributes)
+    node.outputs[0].name = name
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _strip(model: ir.Model) -> None:
+    taken: set[str | None] = set()
+    for node in model.graph:
+        name = _node_name(node)
+        node.name = _unique(name, taken) if name else None
+        for name in _defaults(node, model.opset_imports):
+            del node.attributes[name]
+    for value in _values(model.graph):
+        value.metadata_props.clear()
+    common.ClearMetadataAndDocStringPass()(model)
+
+
+def _node_name(node: ir.Node) -> str | None:
+    if node.op_type == "QuantizeLinear":
+        return node.outputs[0].name
+    module_path = node.metadata_props.get(MODULE_PATH)
+    return ast.literal_eval(module_path)[-2] if module_path and node.op_type in NAMED_NODES else None
+
+
+def _defaults(node: ir.Node, opsets: Mapping[str, int]) -> list[str]:
+    """The attributes that say what they would say if they were left out."""
+    if node.domain:
+        return []
+    known = onnx.defs.get_schema(node.op_type, opsets[""]).attributes
+    return [name for name, attribute in node.attributes.items() if ir.to_proto(attribute) == known[name].default_value]
+
+
+def _unique(name: str, taken: set[str | None]) -> str:
+    """The name, with a number behind it if a module is called more than once."""
+    candidate, count = name, 1
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    taken.add(candidate)
+    return candidate
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
+
+
+def _input(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def _producer(value: ir.Value) -> ir.Node:
+    node = value.producer()
+    assert node is not None
+    return node
+
+
+def _same_constant(a: ir.Value, b: ir.Value) -> bool:
+    x, y = ir.convenience.get_const_tensor(a), ir.convenience.get_const_tensor(b)
+    if x is None or y is None or x.dtype != y.dtype:
+        return False
+    return bool(np.array_equal(x.numpy().reshape(-1), y.numpy().reshape(-1)))

@@ -1,0 +1,216 @@
+"""ONNX Runtime: sessions that compute what was trained, and a look at what they really do."""
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from isogrid.errors import TargetError
+
+STATIC_OPTIONS = {"session.x64quantprecision": "1"}
+"""For integer kernels: without it, x86 without VNNI adds pairs of products in int16, which overflows."""
+
+WEIGHT_ONLY_OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
+"""Keeps activations in float where ONNX Runtime itself turns a dequantised weight into a MatMulNBits."""
+
+INTEGER_OPERATORS = {
+    "ConvInteger",
+    "DynamicQuantizeLSTM",
+    "DynamicQuantizeMatMul",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "MatMulNBits",
+    "QAttention",
+    "QGemm",
+    "QLinearConv",
+    "QLinearMatMul",
+}
+FLOAT_OPERATORS = {
+    "Attention",
+    "Conv",
+    "ConvTranspose",
+    "Einsum",
+    "FusedConv",
+    "FusedGemm",
+    "FusedMatMul",
+    "GRU",
+    "Gemm",
+    "GroupQueryAttention",
+    "LSTM",
+    "MatMul",
+    "MultiHeadAttention",
+    "NhwcFusedConv",
+    "RNN",
+}
+EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+@dataclass(frozen=True)
+class OperatorCounts:
+    """How often each operator occurs in a graph.
+
+    Attributes:
+        integer: operators that multiply and accumulate on codes; MatMulNBits counts here at every accuracy level.
+        floating: operators that multiply and accumulate in floating point.
+        other: the rest.
+        floating_nodes: the names of the nodes behind `floating`.
+    """
+
+    integer: Counter[str] = field(default_factory=Counter)
+    floating: Counter[str] = field(default_factory=Counter)
+    other: Counter[str] = field(default_factory=Counter)
+    floating_nodes: tuple[str, ...] = ()
+
+
+def open_session(path: str | Path, options: Mapping[str, str], threads: int = 0) -> onnxruntime.InferenceSession:
+    """A session on the CPU with all of ONNX Runtime's optimisations.
+
+    Args:
+        path: the ONNX file.
+        options: session configuration entries, such as STATIC_OPTIONS.
+        threads: within an operator; 0 leaves it to ONNX Runtime.
+
+    Raises:
+        TargetError: ONNX Runtime cannot load the file.
+    """
+    session_options = _session_options(options)
+    session_options.intra_op_num_threads = threads
+    return _session(str(path), session_options)
+
+
+def optimized_graph(path: str | Path, options: Mapping[str, str]) -> onnx.ModelProto:
+    """The graph that ONNX Runtime runs: after its optimisations for this machine."""
+    return _optimized(str(path), options)
+
+
+def intermediate_codes(
+    path: str | Path, options: Mapping[str, str], inputs: Mapping[str, NDArray[np.generic]]
+) -> dict[str, NDArray[np.generic]]:
+    """The codes at every quantised tensor between input and output, as ONNX Runtime computes them.
+
+    The tensors become outputs of the graph. That ONNX Runtime then still runs the same operators is checked.
+
+    Args:
+        path: the ONNX file.
+        options: session configuration entries.
+        inputs: of the graph, by name.
+
+    Returns:
+        Integer arrays by the names of the tensors, in the order of the graph. Those of a linear layer are [rows, N],
+        however many dimensions its input has.
+
+    Raises:
+        TargetError: with the outputs added, ONNX Runtime optimises the graph differently.
+    """
+    model = onnx.load(path, load_external_data=False)
+    names = quantized_tensors(model)
+    present = {output.name for output in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
+    options = {**options, EXTERNAL_DATA_FOLDER: str(Path(path).resolve().parent)}
+    observed = model.SerializeToString()
+    as_is, with_outputs = (operator_counts(_optimized(source, options)) for source in (str(path), observed))
+    if (as_is.integer, as_is.floating) != (with_outputs.integer, with_outputs.floating):
+        raise TargetError(
+            f"ONNX Runtime runs {path} with {dict(as_is.integer + as_is.floating)}, but with its quantised tensors as "
+            f"outputs with {dict(with_outputs.integer + with_outputs.floating)}: their codes cannot be observed."
+        )
+    values = _session(observed, _session_options(options)).run(names, dict(inputs)) if names else []
+    return dict(zip(names, values, strict=True))
+
+
+def float_layers(
+    path: str | Path, options: Mapping[str, str], inputs: Mapping[str, NDArray[np.generic]]
+) -> dict[str, tuple[NDArray[np.generic], NDArray[np.generic]]]:
+    """Input and output of every MatMulNBits, by the node's name, as ONNX Runtime computes them."""
+    model = onnx.load(path, load_external_data=False)
+    nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    if not nodes:
+        return {}
+    names = list(dict.fromkeys(name for node in nodes for name in (node.input[0], node.output[0])))
+    names = [name for name in names if name not in inputs]
+    present = {value.name for value in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
+    options = {**options, EXTERNAL_DATA_FOLDER: str(Path(path).resolve().parent)}
+    session = _session(model.SerializeToString(), _session_options(options))
+    known = {**inputs, **dict(zip(names, session.run(names, dict(inputs)), strict=True))}
+    return {node.name: (known[node.input[0]], known[node.output[0]]) for node in nodes}
+
+
+def quantized_tensors(model: onnx.ModelProto) -> list[str]:
+    """Names of the tensors of codes that depend on the input: what QuantizeLinear makes, clipped if it is."""
+    constant = {tensor.name for tensor in model.graph.initializer}
+    consumers: dict[str, list[onnx.NodeProto]] = {}
+    quantized: list[str] = []
+    for node in model.graph.node:
+        if node.op_type == "Constant" or (node.input and all(name in constant for name in node.input if name)):
+            constant.update(node.output)
+        elif node.op_type == "QuantizeLinear":
+            quantized.append(node.output[0])
+        for name in node.input:
+            consumers.setdefault(name, []).append(node)
+    return [_narrowed(codes, consumers.get(codes, [])) for codes in quantized]
+
+
+def _narrowed(codes: str, consumers: list[onnx.NodeProto]) -> str:
+    clipped = len(consumers) == 1 and consumers[0].op_type == "Clip"
+    return str(consumers[0].output[0]) if clipped else codes
+
+
+def operator_counts(model: onnx.ModelProto) -> OperatorCounts:
+    """Operators of a graph by how they multiply and accumulate, subgraphs included.
+
+    >>> from onnx import TensorProto, helper
+    >>> x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 2]) for name in "xy")
+    >>> graph = helper.make_graph([helper.make_node("MatMul", ["x", "x"], ["y"], name="square")], "", [x], [y])
+    >>> operator_counts(helper.make_model(graph)).floating_nodes
+    ('square',)
+    """
+    nodes = list(_nodes(model.graph))
+    kinds = [node.op_type for node in nodes]
+    floating = [node for node in nodes if node.op_type in FLOAT_OPERATORS]
+    return OperatorCounts(
+        integer=Counter(kind for kind in kinds if kind in INTEGER_OPERATORS),
+        floating=Counter(node.op_type for node in floating),
+        other=Counter(kind for kind in kinds if kind not in INTEGER_OPERATORS | FLOAT_OPERATORS),
+        floating_nodes=tuple(node.name for node in floating),
+    )
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for subgraph in [attribute.g, *attribute.graphs]:
+                yield from _nodes(subgraph)
+
+
+def _optimized(source: str | bytes, options: Mapping[str, str]) -> onnx.ModelProto:
+    with tempfile.TemporaryDirectory() as folder:
+        session_options = _session_options(options)
+        session_options.optimized_model_filepath = str(Path(folder, "optimized.onnx"))
+        _session(source, session_options)
+        return onnx.load(session_options.optimized_model_filepath)
+
+
+def _session_options(options: Mapping[str, str]) -> onnxruntime.SessionOptions:
+    session_options = onnxruntime.SessionOptions()
+    session_options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    session_options.log_severity_level = 3
+    for name, value in options.items():
+        session_options.add_session_config_entry(name, value)
+    return session_options
+
+
+def _session(source: str | bytes, session_options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    providers: Iterable[str] = ["CPUExecutionProvider"]
+    try:
+        return onnxruntime.InferenceSession(source, session_options, providers=providers)
+    except Exception as error:  # its exceptions share no base class
+        name = source if isinstance(source, str) else "the model"
+        raise TargetError(f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {error}") from error

@@ -1,0 +1,144 @@
+"""What is exported computes, in ONNX Runtime, what the module computes: every bit."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from isogrid.layers import nbits
+from isogrid.layers import operators as _  # noqa: F401
+from isogrid.targets.onnx_export import to_onnx
+from isogrid.targets.onnx_runtime_session import (
+    STATIC_OPTIONS,
+    intermediate_codes,
+    open_session,
+    operator_counts,
+    optimized_graph,
+)
+from tests.targets.integer_modules import Residual, Various, recorded_codes
+
+WEIGHT_TYPES = {(-128, 127): "INT8", (-8, 7): "INT4", (-1, 1): "INT2"}
+
+
+def exported(module: nn.Module, x: Tensor, folder: Path, **options: object) -> Path:
+    path = folder / "model.onnx"
+    onnx.save(to_onnx(module.eval(), (x,), **options), path)  # type: ignore[arg-type]
+    return path
+
+
+def assert_same_bits(module: nn.Module, path: Path, x: Tensor) -> None:
+    logits, ours = recorded_codes(module, x)
+    session = open_session(path, STATIC_OPTIONS, threads=1)
+    feeds = {session.get_inputs()[0].name: x.numpy()}
+    assert np.array_equal(session.run(None, feeds)[0], logits.numpy())
+    codes = intermediate_codes(path, STATIC_OPTIONS, feeds)
+    for name, value in codes.items():
+        assert any(np.array_equal(value.reshape(-1), own.reshape(-1)) for own in ours), name
+    for own in ours:
+        assert any(np.array_equal(value.reshape(-1), own.reshape(-1)) for value in codes.values())
+
+
+@pytest.mark.parametrize("codes", WEIGHT_TYPES)
+def test_residual_network(codes: tuple[int, int], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Residual(codes)
+    path = exported(module, torch.randn(2, 3, 16, 16), tmp_path)
+    for batch in (1, 5):
+        assert_same_bits(module, path, torch.randn(batch, 3, 16, 16))
+    counts = operator_counts(optimized_graph(path, STATIC_OPTIONS))
+    assert counts.integer == {"QLinearConv": 2, "QGemm": 1}
+    assert not counts.floating
+    assert counts.other["QLinearAdd"] == counts.other["QLinearGlobalAveragePool"] == counts.other["QuantizeLinear"] == 1
+    model = onnx.load(path)
+    types = {onnx.TensorProto.DataType.Name(t.data_type) for t in model.graph.initializer if t.name.endswith(".weight")}
+    assert types == {WEIGHT_TYPES[codes]}
+
+
+def test_relu_on_a_grid_whose_zero_is_not_its_lowest_code(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Residual((-128, 127), zero_point=9)
+    path = exported(module, torch.randn(1, 3, 16, 16), tmp_path)
+    assert_same_bits(module, path, torch.randn(4, 3, 16, 16))
+    assert not operator_counts(optimized_graph(path, STATIC_OPTIONS)).floating
+
+
+def test_branches_sharing_and_narrow_grids(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Various()
+    path = exported(module, torch.randn(3, 4, 12), tmp_path)
+    for batch in (1, 2, 7):
+        assert_same_bits(module, path, torch.randn(batch, 4, 12))
+    counts = operator_counts(optimized_graph(path, STATIC_OPTIONS))
+    assert counts.integer == {"QLinearConv": 2, "QGemm": 3}
+    assert not counts.floating
+    assert {"QLinearConcat", "QLinearAveragePool", "QLinearMul"} <= set(counts.other)
+
+
+def test_names_and_size(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Residual((-8, 7))
+    path = exported(module, torch.randn(1, 3, 16, 16), tmp_path, input_names=["image"], output_names=["logits"])
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    quantized = [node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert quantized == [
+        "conv1.input",
+        "conv1.output",
+        "conv2.input",
+        "conv2.output",
+        "add.output",
+        "mean.output",
+        "fc.input",
+    ]
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert {node.name for node in model.graph.node if node.op_type in ("Conv", "Gemm")} == {"conv1", "conv2", "fc"}
+    assert kinds["Cast"] == 3
+    assert [model.graph.input[0].name, model.graph.output[0].name] == ["image", "logits"]
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+    assert not model.graph.value_info
+    stored = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    assert path.stat().st_size < stored + 150 * len(model.graph.node)
+
+
+class NBits(nn.Module):
+    def __init__(self, bits: int, block: int, level: int, asymmetric: bool) -> None:
+        super().__init__()
+        codes = torch.randint(0, 2**bits, (24, 128), dtype=torch.uint8)
+        blocks = (24, 128 // block)
+        self.register_buffer("weight", nbits.pack_matmul_nbits(codes, bits, block))
+        self.register_buffer("weight_scale", torch.rand(blocks) * 0.02 + 0.001)
+        zeros = nbits.pack_zero_points(torch.randint(0, 2**bits, blocks, dtype=torch.uint8), bits)
+        self.register_buffer("weight_zero_point", zeros if asymmetric else None)
+        self.register_buffer("bias", torch.randn(24))
+        self.parameters_of_operator = (bits, block, level)
+
+    def forward(self, x: Tensor) -> Tensor:
+        operands = (self.weight, self.weight_scale, self.weight_zero_point, self.bias)
+        return torch.ops.isogrid.matmul_nbits(x, *operands, *self.parameters_of_operator)
+
+
+@pytest.mark.parametrize(
+    ("bits", "block", "level", "asymmetric"), [(4, 32, 1, False), (4, 32, 4, True), (2, 64, 4, False)]
+)
+def test_matmul_nbits(bits: int, block: int, level: int, asymmetric: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = NBits(bits, block, level, asymmetric)
+    x = torch.randn(2, 5, 128)
+    path = exported(module, x, tmp_path)
+    model = onnx.load(path)
+    assert [node.op_type for node in model.graph.node] == ["MatMulNBits"]
+    assert operator_counts(optimized_graph(path, {})).integer == {"MatMulNBits": 1}
+    session = open_session(path, {})
+    ours, theirs = module(x), torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    # Both add in float32, in different orders.
+    assert (ours - theirs).abs().max() < 1e-6 * ours.abs().max()
+
+
+def test_fixed_batch(tmp_path: Path) -> None:
+    path = exported(NBits(4, 32, 1, False), torch.randn(1, 128), tmp_path, dynamic_batch=False)
+    assert open_session(path, {}).get_inputs()[0].shape == [1, 128]

@@ -1,4 +1,4 @@
-"""Every Python block in docs/ runs, and prints what the page says it prints."""
+"""Every Python block in docs/ runs and prints what the page says it prints; every YAML block is a valid recipe."""
 
 import doctest
 import re
@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
+from isogrid.recipes.loading import load_recipe
+
 DOCS = Path(__file__).parents[1] / "docs"
 TEN_LINES = DOCS / "how-to" / "ten-lines.md"
 BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+RECIPE = re.compile(r"^```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 Names = dict[str, Any]
 
@@ -64,3 +68,10 @@ def test_page_runs(page: Path, folder: Path, after_ten_lines: Names, monkeypatch
     monkeypatch.chdir(folder)
     if page != TEN_LINES:
         run(page, dict(after_ten_lines))
+
+
+@pytest.mark.parametrize("recipe", RECIPE.findall((DOCS / "how-to" / "write-a-recipe.md").read_text()))
+def test_recipe_is_valid(recipe: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    assert load_recipe(str(path)).training

@@ -179,40 +179,46 @@ class _UnknownWordError(FormatError):
 
 
 def _composed(name: str) -> Format:
-    head, _, tail = name.partition(":")
+    head, colon, tail = name.partition(":")
     grid_name, slash, granularity_name = head.partition("/")
     if not slash:
         raise _UnknownWordError("format", name, name, format_names())
-    options = dict(option.partition("=")[::2] for option in tail.split(",") if option)
+    options = _options(tail.split(",") if colon else [], name)
     grid = _grid(grid_name, name)
     granularity = _granularity(granularity_name, name)
     scale = _scale(options.pop("scale", "float32"), name)
     zero_point = None
-    if isinstance(grid, IntegerGrid) and grid_name != "ternary":
+    if re.fullmatch(r"u?int\d", grid_name) and isinstance(grid, IntegerGrid):
         grid, zero_point = _integer_options(grid, options)
-    if isinstance(granularity, PerGroup) and _flag(options, "pad"):
+    if isinstance(granularity, PerGroup) and options.pop("pad", None) is not None:
         granularity = replace(granularity, pads=True)
-    for option in options:
-        known = ["scale", "narrow", "midrise", "symmetric", "asymmetric", "pad"]
-        if option in known:
-            raise FormatError(f"option {option!r} means nothing for {head}, or takes no value.")
-        raise _UnknownWordError("option", option, name, known)
+    if options:
+        raise FormatError(f"the option {', '.join(map(repr, options))} has no meaning for {head}.")
     return Format(grid, granularity, scale, zero_point, name=name)
 
 
-def _flag(options: dict[str, str], name: str) -> bool:
-    """Whether an option without a value is there; takes it out."""
-    return options.get(name) == "" and options.pop(name) == ""
+def _options(words: list[str], name: str) -> dict[str, str]:
+    """The options by name; those that are words of their own have an empty value."""
+    known = ["scale", "narrow", "midrise", "symmetric", "asymmetric", "pad"]
+    options: dict[str, str] = {}
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option not in known:
+            raise _UnknownWordError("option", option, name, known)
+        if option in options or bool(equals) != (option == "scale"):
+            raise FormatError(f"options are named once each, and scale alone takes a value; {word!r} is not so.")
+        options[option] = value
+    return options
 
 
 def _integer_options(grid: IntegerGrid, options: dict[str, str]) -> tuple[IntegerGrid, Format | None]:
     """The grid and the zero point's format that `narrow`, `midrise`, `symmetric`, `asymmetric` ask for."""
     if grid.low == 0:
-        return grid, None if _flag(options, "symmetric") else _plain(grid)
-    zero_point = _plain(grid) if _flag(options, "asymmetric") else None
-    if _flag(options, "narrow"):
+        return grid, None if options.pop("symmetric", None) is not None else _plain(grid)
+    zero_point = None if options.pop("asymmetric", None) is None else _plain(grid)
+    if options.pop("narrow", None) is not None:
         grid = replace(grid, low=-grid.high)
-    if _flag(options, "midrise"):
+    if zero_point is None and options.pop("midrise", None) is not None:
         grid = replace(grid, midrise=True)
     return grid, zero_point
 

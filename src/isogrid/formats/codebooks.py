@@ -1,5 +1,6 @@
 """Grids that are tables: published ones, powers of two and their sums, and those that are learned from samples."""
 
+from functools import cache
 from itertools import product
 
 import torch
@@ -114,33 +115,59 @@ def kmeans_grid(samples: Tensor, entries: int, dimension: int = 1, seed: int = 0
     return VectorGrid(f"kmeans{dimension}x{entries}", centres)
 
 
-def e8p_grid() -> VectorGrid:
-    """E8P of QuIP# (Tseng et al. 2024, arXiv 2402.04396): 2**16 vectors of the E8 lattice, 2 bits a value.
-
-    A code is QuIP#'s: 8 bits choose a pattern of magnitudes, 7 bits the signs of all coordinates but the first (whose
-    sign makes the sum even), the lowest bit whether 1/4 is added to or taken from every coordinate.
-
-    >>> e8p_grid()
-    VectorGrid('e8p', 65536 vectors of 8)
-    """
-    return VectorGrid("e8p", _e8p_codebook())
-
-
 # The 29 magnitude patterns of squared norm 12 that complete E8P's table, in QuIP#'s order: a set bit stands for 3/2,
 # a clear one for 1/2, the first coordinate in the highest bit.
 _E8P_NORM_12 = bytes.fromhex("8f4f2f1f ecea e6e9e5e3 dcdad6d9d5d3 bcbab6b9b5 737c7a767975 37ce")
 
 
-def _e8p_codebook() -> Tensor:
-    """float32 [65536, 8], row i is what code i stands for."""
-    inner = [p for p in product((0.5, 1.5, 2.5), repeat=8) if sum(v * v for v in p) <= 10]
-    outer = [tuple(1.5 if byte >> (7 - i) & 1 else 0.5 for i in range(8)) for byte in _E8P_NORM_12]
-    magnitudes = torch.tensor(inner + outer)
-    flips = torch.arange(128)[:, None] >> torch.arange(7, -1, -1) & 1
-    flips = flips.expand(len(magnitudes), -1, -1).clone()
-    flips[..., 0] = (flips.sum(-1) + magnitudes.sum(-1, keepdim=True)).long() % 2
-    lattice = magnitudes[:, None] * (1 - 2 * flips)
-    return (lattice[:, :, None] + torch.tensor([-0.25, 0.25])[:, None]).reshape(-1, 8)
+class E8PGrid(VectorGrid):
+    """E8P of QuIP# (Tseng et al. 2024, arXiv 2402.04396): 2**16 vectors of the E8 lattice, 2 bits a value.
+
+    A code is QuIP#'s: 8 bits choose a pattern of magnitudes, 7 bits the signs of all coordinates but the first (whose
+    sign makes the sum even), the lowest bit whether 1/4 is added to or taken from every coordinate.
+
+    >>> E8PGrid()
+    VectorGrid('e8p', 65536 vectors of 8)
+    """
+
+    def __init__(self) -> None:
+        inner = [pattern for pattern in product((0.5, 1.5, 2.5), repeat=8) if sum(v * v for v in pattern) <= 10]
+        outer = [tuple(1.5 if byte >> (7 - i) & 1 else 0.5 for i in range(8)) for byte in _E8P_NORM_12]
+        self._patterns = torch.tensor(inner + outer, dtype=torch.float64)
+        self._shifts = torch.tensor([-0.25, 0.25], dtype=torch.float64)
+        negative = torch.arange(128)[:, None] >> torch.arange(7, -1, -1) & 1
+        negative = negative.expand(256, -1, -1).clone()
+        negative[..., 0] = (negative.sum(-1) + self._patterns.sum(-1, keepdim=True)) % 2
+        lattice = self._patterns[:, None] * (1 - 2 * negative)
+        super().__init__("e8p", (lattice[:, :, None] + self._shifts[:, None]).reshape(-1, 8))
+
+    @property
+    def _memory(self) -> int:
+        return 2 * self._patterns.numel()
+
+    def _search(self, vectors: Tensor) -> Tensor:
+        """Looks at 512 vectors instead of 65536: with the signs of its choice, each pattern comes as near as it can."""
+        patterns, shifts = self._patterns.to(vectors.device), self._shifts.to(vectors.device)
+        shifted = vectors[:, None] - shifts[:, None]
+        terms = shifted.abs()[:, :, None] * patterns
+        # A pattern takes the vector's own signs. Where that makes the sum odd, the smallest term changes its sign.
+        odd = ((shifted < 0).sum(-1, keepdim=True) + patterns.sum(-1)) % 2
+        products = terms.sum(-1) - 2 * odd * terms.amin(-1)
+        distances = shifted.square().sum(-1, keepdim=True) + patterns.square().sum(-1) - 2 * products
+        chosen = distances.flatten(1).argmin(1)
+        shift, pattern = chosen // len(patterns), chosen % len(patterns)
+        rows = torch.arange(len(vectors), device=vectors.device)
+        negative = (shifted[rows, shift] < 0).to(torch.int64)
+        least = terms[rows, shift, pattern].argmin(1)
+        negative[rows, least] += odd[rows, shift, pattern].to(torch.int64)
+        signs = negative[:, 1:] % 2 << torch.arange(7, 0, -1, device=vectors.device)
+        return pattern << 8 | signs.sum(1) | shift
+
+
+@cache
+def e8p_grid() -> E8PGrid:
+    """The one E8PGrid."""
+    return E8PGrid()
 
 
 def _mirrored(magnitudes: set[float]) -> LookupGrid:

@@ -131,16 +131,13 @@ class VectorGrid(Grid):
     def encode(self, x: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """Index int32 [..., K / dimension] of the nearest vector to each group of x [..., K]."""
         split = self._split(x.to(torch.float64))
-        # Far from all vectors only the direction counts; the bound keeps the products below from overflowing.
+        # Far from all vectors only the direction counts; the bound keeps what follows from overflowing.
         vectors = split.clamp(-_FAR, _FAR).reshape(-1, self.dimension)
-        book = self.codebook.to(x.device, torch.float64)
-        half_norms = book.square().sum(1) / 2
-        # argmin |v - c|^2 = argmin (|c|^2 / 2 - v.c): one matrix product, in pieces that keep memory small, and in
-        # float64, in which a vector of the codebook is sure to find itself. autocast would have it in bfloat16.
+        pieces = torch.split(vectors, max(1, _NUMBERS // self._memory))
+        # autocast would have matrix products in bfloat16.
         with torch.autocast(x.device.type, enabled=False):
-            pieces = torch.split(vectors, max(1, _PIECE // len(book)))
-            indices = torch.cat([torch.argmin(half_norms - piece @ book.T, dim=1) for piece in pieces])
-        return indices.to(torch.int32).reshape(split.shape[:-1])
+            codes = torch.cat([self._search(piece) for piece in pieces])
+        return codes.to(torch.int32).reshape(split.shape[:-1])
 
     def decode(self, codes: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """float32 values [..., K] of codes [..., K / dimension]."""
@@ -155,6 +152,20 @@ class VectorGrid(Grid):
         values: Tensor = torch.unique(self.codebook)
         return values
 
+    @property
+    def _memory(self) -> int:
+        """How many numbers `_search` makes of one vector."""
+        return len(self.codebook)
+
+    def _search(self, vectors: Tensor) -> Tensor:
+        """Codes int64 [n] of the nearest vectors to float64 [n, dimension].
+
+        In float64 a vector of the codebook is sure to find itself.
+        """
+        book = self.codebook.to(vectors)
+        # argmin |v - c|^2 = argmin (|c|^2 / 2 - v.c)
+        return (book.square().sum(1) / 2 - vectors @ book.T).argmin(1)
+
     def _split(self, x: Tensor) -> Tensor:
         if x.shape[-1] % self.dimension:
             raise FormatError(f"{self!r} takes {self.dimension} values at a time, which {x.shape[-1]} values are not.")
@@ -162,8 +173,8 @@ class VectorGrid(Grid):
 
 
 _FAR = 2.0**60
-# Distances held at a time: 64 MiB of them.
-_PIECE = 2**23
+# What a search holds at a time: 64 MiB in float64.
+_NUMBERS = 2**23
 
 
 def _float32_at_least(value: float) -> float:

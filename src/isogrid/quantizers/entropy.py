@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from isogrid.formats import Affine, Format
+from isogrid.formats.format import extremes_affine
 from isogrid.quantizers.fitting import combine, ends_affine, row_format
 
 EMPTY = 1e-10
@@ -24,7 +25,7 @@ def least_divergence_affine(rows: Tensor, fmt: Format, weights: Tensor | None, b
         bins: of the histogram of magnitudes; every 8th of 2048 bins is tried as threshold.
 
     Returns:
-        Parameters [blocks], before storage.
+        Parameters [blocks], before storage; a block of zeros has scale 0.
     """
     parts = []
     for i, row in enumerate(rows):
@@ -57,7 +58,7 @@ def _best_threshold(centres: Tensor, mass: Tensor, smallest: Tensor, largest: Te
     pieces = zip(torch.split(lowest, 32), torch.split(highest, 32), strict=True)
     divergence = torch.cat([_divergence(centres, mass, low, high, fmt) for low, high in pieces])
     best = divergence.argmin()[None]
-    return ends_affine(lowest[best], highest[best], fmt)
+    return extremes_affine(torch.stack((lowest[best], highest[best]), 1), fmt)
 
 
 def _divergence(centres: Tensor, mass: Tensor, lowest: Tensor, highest: Tensor, fmt: Format) -> Tensor:

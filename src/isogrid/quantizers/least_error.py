@@ -13,6 +13,10 @@ FINE_LEVELS = 4
 WIDEST = 1.5
 """A range wider than the data pays where its finer lattice points happen to lie on the values."""
 
+VECTORS = 512
+VECTOR_STEPS = 10
+"""Looking up a codebook of vectors is slow and its error smooth: a sample and few steps find the valley."""
+
 
 def least_error_affine(rows: Tensor, fmt: Format, weights: Tensor | None = None) -> Affine:
     """The parameters of each row with the least (weighted) squared error, through the format's own arithmetic.
@@ -23,8 +27,11 @@ def least_error_affine(rows: Tensor, fmt: Format, weights: Tensor | None = None)
         weights: float [blocks, values], how often or how much each value counts.
 
     Returns:
-        Parameters [blocks], before storage. Never worse than absmax or min-max.
+        Parameters [blocks], before storage, never worse than absmax or min-max; a block of equal values may have
+        scale 0.
     """
+    if fmt.grid.dimension > 1:
+        rows = _sample(rows, fmt.grid.dimension)
     piece = PIECE.get(rows.device.type, PIECE["cuda"])
     per_piece = max(1, piece // max(1, rows.shape[1]))
     parts = []
@@ -32,6 +39,12 @@ def least_error_affine(rows: Tensor, fmt: Format, weights: Tensor | None = None)
         some = slice(start, start + per_piece)
         parts.append(_Search(rows[some], fmt, None if weights is None else weights[some], piece).run())
     return combine(lambda *pieces: torch.cat(pieces), *parts)
+
+
+def _sample(rows: Tensor, dimension: int) -> Tensor:
+    """At most VECTORS of each row's vectors, evenly spread."""
+    vectors = rows.reshape(len(rows), -1, dimension)
+    return vectors[:, :: -(-vectors.shape[1] // VECTORS)].flatten(1)
 
 
 class _Search:
@@ -59,9 +72,12 @@ class _Search:
             self.above = (rows.amax(1) - self.anchor).clamp(min=0.0)
             deviation = mean((rows - self.anchor[:, None]).abs(), weights)
             share = deviation / torch.maximum(self.below, self.above)
-        # The best range of a one-bit grid ends at the mean magnitude; with more values it only gets wider.
-        self.narrowest = share.nan_to_num(0.5).clamp(2.0**-20, 1.0) / 2
-        self.factors = rows.new_ones(self.sides, len(rows))
+        # The best range of a one-bit grid ends at the mean magnitude; with more values it only gets wider. Powers of it
+        # are taken in float64: in float32 their last bit depends on which rows the processor takes together.
+        self.narrowest = share.nan_to_num(0.5).clamp(2.0**-20, 1.0).to(torch.float64) / 2
+        self.factors = self.narrowest.new_ones(self.sides, len(rows))
+        self.coarse, self.levels = (COARSE_STEPS, FINE_LEVELS) if fmt.grid.dimension == 1 else (VECTOR_STEPS, 1)
+        self.start = start
         self.best = positive(start, fmt)
         self.least = self.error(self.best)
 
@@ -72,20 +88,22 @@ class _Search:
         if self.sides == 2:
             for side in both:
                 self.sweep_all([side])
-        step = (WIDEST / self.narrowest) ** (1 / (COARSE_STEPS - 1))
-        for _ in range(FINE_LEVELS):
+        step = (WIDEST / self.narrowest) ** (1 / (self.coarse - 1))
+        for _ in range(self.levels):
             for side in both:
                 self.sweep_near(side, step)
             step = step ** (2 / FINE_STEPS)
         self.refine()
-        return self.best
+        assert self.start.scale is not None
+        flat = self.start.scale == 0
+        return combine(lambda start, best: torch.where(flat, start, best), self.start, self.best)
 
     def sweep_all(self, sides: list[int]) -> None:
         """Try factors from the widest range to the narrowest, evenly spaced in the logarithm."""
         start = self.factors.clone()
-        for i in range(COARSE_STEPS):
+        for i in range(self.coarse):
             factors = start.clone()
-            factors[sides] = WIDEST * (self.narrowest / WIDEST) ** (i / (COARSE_STEPS - 1))
+            factors[sides] = WIDEST * (self.narrowest / WIDEST) ** (i / (self.coarse - 1))
             self.attempt(self.affine(factors), factors)
 
     def sweep_near(self, side: int, step: Tensor) -> None:
@@ -102,7 +120,8 @@ class _Search:
             self.attempt(self.least_squares(), self.factors)
 
     def affine(self, factors: Tensor) -> Affine:
-        """Parameters [blocks] of ranges given by factors [sides, blocks]."""
+        """Parameters [blocks] of ranges given by factors float64 [sides, blocks]."""
+        factors = factors.to(torch.float32)
         if self.sides == 1:
             return positive(Affine(self.unit_scale * factors[0]), self.original)
         lowest, highest = self.anchor - self.below * factors[0], self.anchor + self.above * factors[1]

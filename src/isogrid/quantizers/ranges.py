@@ -19,6 +19,7 @@ from isogrid.quantizers.entropy import least_divergence_affine
 from isogrid.quantizers.fitting import (
     bound,
     check_finite,
+    combine,
     ends_affine,
     magnitudes,
     mean,
@@ -26,7 +27,7 @@ from isogrid.quantizers.fitting import (
     root_mean_square,
     row_format,
 )
-from isogrid.quantizers.least_error import least_error_affine
+from isogrid.quantizers.least_error import VECTORS, least_error_affine
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,16 @@ class Percentile(Range):
         check_finite(rows)
         inside = self.percent / 100
         if fmt.is_symmetric:
-            largest = quantile(magnitudes(rows, fmt.grid), inside, weights)
-            return ends_affine(-largest, largest, fmt)
-        return ends_affine(quantile(rows, (1 - inside) / 2, weights), quantile(rows, (1 + inside) / 2, weights), fmt)
+            highest = quantile(magnitudes(rows, fmt.grid), inside, weights)
+            lowest = -highest
+        else:
+            lowest = quantile(rows, (1 - inside) / 2, weights)
+            highest = quantile(rows, (1 + inside) / 2, weights)
+        clipped = extremes_affine(torch.stack((lowest, highest), 1), fmt)
+        # Where so many values are equal that nothing else lies inside, clipping the rest would leave no range.
+        assert clipped.scale is not None
+        empty = clipped.scale == 0
+        return combine(lambda whole, part: torch.where(empty, whole, part), extremes_affine(rows, fmt), clipped)
 
 
 @dataclass(frozen=True)
@@ -364,7 +372,7 @@ def _gaussian_multiple(fmt: Format) -> float:
         weights = torch.exp(-values.to(torch.float64).square() / 2)
     else:
         # A codebook holds neighbours together, so these must be independent: a fixed sample stands for the density.
-        values = torch.randn(1, fmt.grid.dimension * 2**12, generator=torch.Generator().manual_seed(0))
+        values = torch.randn(1, fmt.grid.dimension * VECTORS, generator=torch.Generator().manual_seed(0))
         weights = None
     affine = least_error_affine(values, fmt, weights)
     reach = bound(fmt.grid) if fmt.is_symmetric else (fmt.grid.highest - fmt.grid.lowest) / 2

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 OPERATORS = torch.ops.isogrid
 Grid = tuple[float, int]
@@ -155,6 +156,31 @@ class Various(nn.Module):
         x = self.average(self.join(self.narrow(x), self.wide(x)))
         tokens = x.transpose(1, 2)
         return self.head(self.gate(self.shared(self.shared(tokens)), tokens))
+
+
+class FloatBetween(nn.Module):
+    """Float operations between quantised layers, each of a kind that ONNX Runtime has an integer kernel for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = Linear((16, 16), (0.02, 128), (0.03, 117), (-128, 127))
+        self.b = Linear((16, 16), (0.02, 128), (0.06, 90), (-128, 127))
+        self.c = Linear((16, 16), (0.02, 128), None, (-128, 127))
+        self.heads = nn.ModuleList(Linear((4, 16), (0.015, 100), None, (-128, 127)) for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.a(x), self.b(x)
+        operations = [
+            a + b,
+            (a * b).relu(),
+            a.sigmoid().T.contiguous().T,
+            functional.leaky_relu(b),
+            a.softmax(-1),
+            functional.avg_pool1d(a.unsqueeze(1), 3, 1, 1).flatten(1),
+            self.c(x),
+            self.c(x).relu(),
+        ]
+        return torch.cat([head(y) for head, y in zip(self.heads, operations, strict=True)], 1)
 
 
 def recorded_codes(module: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:

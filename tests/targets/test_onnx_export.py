@@ -19,7 +19,7 @@ from isogrid.targets.onnx_runtime_session import (
     operator_counts,
     optimized_graph,
 )
-from tests.targets.integer_modules import Residual, Various, recorded_codes
+from tests.targets.integer_modules import FloatBetween, Residual, Various, recorded_codes
 
 WEIGHT_TYPES = {(-128, 127): "INT8", (-8, 7): "INT4", (-1, 1): "INT2"}
 
@@ -76,6 +76,22 @@ def test_branches_sharing_and_narrow_grids(tmp_path: Path) -> None:
     assert counts.integer == {"QLinearConv": 2, "QGemm": 3}
     assert not counts.floating
     assert {"QLinearConcat", "QLinearAveragePool", "QLinearMul"} <= set(counts.other)
+
+
+def test_what_is_float_between_quantised_tensors_stays_float(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = FloatBetween()
+    path = exported(module, torch.randn(3, 16), tmp_path)
+    counts = operator_counts(optimized_graph(path, STATIC_OPTIONS))
+    assert set(counts.integer) == {"QGemm"}
+    assert not counts.floating
+    assert {"Add", "AveragePool", "LeakyRelu", "Mul", "Sigmoid", "Softmax"} <= set(counts.other)
+    x = torch.randn(2000, 16)
+    theirs = open_session(path, STATIC_OPTIONS, threads=1).run(None, {"x": x.numpy()})[0]
+    # Only torch and ONNX Runtime's exponentials differ, which moves a code where it decides.
+    exact = torch.ones(32, dtype=torch.bool)
+    exact[8:12] = exact[16:20] = False
+    assert np.array_equal(theirs[:, exact], module(x)[:, exact].numpy())
 
 
 def test_names_and_size(tmp_path: Path) -> None:

@@ -17,7 +17,12 @@ from onnxscript import optimizer
 SUB_BYTE_TYPES = ((ir.DataType.INT2, ml_dtypes.int2, -2, 1, 25), (ir.DataType.INT4, ml_dtypes.int4, -8, 7, 21))
 # Nodes that are named after the module they come from, so that a runtime's rewrite of one can be reported by its name.
 NAMED_NODES = {"Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulNBits"}
+# Operators that ONNX Runtime replaces between DequantizeLinear and QuantizeLinear by kernels that round otherwise.
+REPLACED = {"Add", "AveragePool", "Gemm", "GlobalAveragePool", "LeakyRelu", "Mul", "Resize", "Sigmoid", "Softmax"}
+# Operators that it moves a QuantizeLinear or DequantizeLinear across.
+PASSED = {"Clip", "Flatten", "MaxPool", "Relu", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 MODULE_PATH = "pkg.torch.onnx.name_scopes"
+ORIGIN = "pkg.torch.onnx.fx_node"
 
 
 def finish(model: ir.Model) -> onnx.ModelProto:
@@ -28,6 +33,8 @@ def finish(model: ir.Model) -> onnx.ModelProto:
     - A QuantizeLinear that undoes the DequantizeLinear before it is removed, as is all that is computed twice.
     - Weight codes of four bits or fewer are stored as INT4 or INT2, and cast to INT8 where they are used: ONNX Runtime
       folds the cast when it loads the model and then uses its 8-bit kernels. INT2 needs opset 25.
+    - What was float between two quantised tensors stays float: a Min with infinity keeps ONNX Runtime from replacing it
+      by an integer kernel, whose codes differ here and there.
     - Nothing is stored that a reader can infer.
 
     Args:
@@ -36,8 +43,10 @@ def finish(model: ir.Model) -> onnx.ModelProto:
     _name_codes(model.graph)
     _remove_round_trips(model.graph)
     optimizer.optimize(model)
+    common.IdentityEliminationPass()(model)
     _make_scalars(model.graph)
     _prepare_weights(model)
+    _keep_float(model.graph)
     _strip(model)
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
     model.ir_version = onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)
@@ -157,6 +166,41 @@ def _insert(
     node.outputs[0].name = name
     graph.insert_before(before, node)
     return node.outputs[0]
+
+
+def _keep_float(graph: ir.Graph) -> None:
+    """Nodes that one operator of ours was translated to belong together; a pattern across two is none of ours."""
+    for node in list(graph):
+        y = node.outputs[0]
+        if node.op_type in REPLACED:
+            if any(other.metadata_props.get(ORIGIN) != node.metadata_props.get(ORIGIN) for other in _rewritten_with(y)):
+                _shield(y, y.consumers()[0], graph)
+        elif node.op_type == "MatMul" and all(_is_dequantized(value) for value in node.inputs):
+            _shield(_input(node, 0), node, graph)
+
+
+def _rewritten_with(value: ir.Value) -> Iterator[ir.Node]:
+    """The QuantizeLinear, Relu and Clip nodes that ONNX Runtime may merge into the node that makes a value."""
+    for node in value.consumers():
+        if node.op_type in ("QuantizeLinear", "Relu", "Clip"):
+            yield node
+        if node.op_type in PASSED:
+            yield from _rewritten_with(node.outputs[0])
+
+
+def _is_dequantized(value: ir.Value | None) -> bool:
+    node = None if value is None else value.producer()
+    if node is None:
+        return False
+    return node.op_type == "DequantizeLinear" or (node.op_type in PASSED and _is_dequantized(node.inputs[0]))
+
+
+def _shield(value: ir.Value, before: ir.Node, graph: ir.Graph) -> None:
+    infinity = ir.tensor(np.array(np.inf, dtype=np.float32), name=f"{value.name}_bound")
+    shielded = _insert(graph, before, "Min", [value, _initializer(infinity, graph)], {}, f"{value.name}_float")
+    for user, index in value.uses():
+        if user is not shielded.producer():
+            user.replace_input_with(index, shielded)
 
 
 def _strip(model: ir.Model) -> None:

@@ -114,7 +114,7 @@ class Format:
         real = Affine(*[None if part is None else part.dequantize() for part in stored])
         arranged = self.granularity.arrange(x)
         view, aligned = _align(arranged, real)
-        codes = self.grid.encode(_normalize(view, aligned), aligned.zero_point)
+        codes = self.grid.encode(normalize(view, aligned), aligned.zero_point)
         if self.grid.dimension > 1:
             codes = codes.reshape(*arranged.shape[:-1], arranged.shape[-1] // self.grid.dimension)
         else:
@@ -143,7 +143,7 @@ class Format:
         """
         arranged = self.granularity.arrange(x)
         view, aligned = _align(arranged, stored)
-        values = _scale_up(self.grid.nearest(_normalize(view, aligned), aligned.zero_point), aligned)
+        values = scale_up(self.grid.nearest(normalize(view, aligned), aligned.zero_point), aligned)
         return self.granularity.restore(values.reshape(arranged.shape), tuple(x.shape))
 
     def default_affine(self, x: Tensor) -> Affine:
@@ -229,7 +229,7 @@ class Quantized:
         view, affine = _align(arranged, self.affine)
         if grid.dimension == 1:
             view = grid.decode(view, affine.zero_point)
-        return granularity.restore(_scale_up(view, affine).reshape(arranged.shape), self.shape)
+        return granularity.restore(scale_up(view, affine).reshape(arranged.shape), self.shape)
 
 
 def extremes_affine(rows: Tensor, fmt: Format) -> Affine:
@@ -304,8 +304,8 @@ def _align(arranged: Tensor, affine: Affine) -> tuple[Tensor, Affine]:
     return arranged.reshape(tensor_view), affine.reshape(scale_view)
 
 
-def _normalize(x: Tensor, affine: Affine) -> Tensor:
-    """Numbers in units of their scale."""
+def normalize(x: Tensor, affine: Affine) -> Tensor:
+    """Numbers [...] in units of their scale, float32; the parameters broadcast against them."""
     x = x.to(torch.float32)
     if affine.offset is not None:
         x = x - affine.offset
@@ -315,7 +315,8 @@ def _normalize(x: Tensor, affine: Affine) -> Tensor:
     return x / torch.where(affine.scale == 0, torch.finfo(torch.float32).max, affine.scale)
 
 
-def _scale_up(values: Tensor, affine: Affine) -> Tensor:
+def scale_up(values: Tensor, affine: Affine) -> Tensor:
+    """Undo `normalize`: grid values [...] times their scale, plus their offset."""
     if affine.scale is not None:
         values = values * affine.scale
     return values if affine.offset is None else values + affine.offset

@@ -11,6 +11,16 @@ from isogrid.formats.codebooks import IQ4_NL, NF4, apot_grid, e8p_grid, log2_gri
 from tests.formats.helpers import assert_equal
 
 
+def test_nf4_is_the_published_table() -> None:
+    # QLoRA (arXiv 2305.14314), appendix E, and bitsandbytes' csrc/kernels.
+    published = (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    )  # fmt: skip
+    assert_equal(NF4.values(), torch.tensor(published))
+
+
 def test_nf4_follows_its_construction() -> None:
     # QLoRA, section 3: evenly spaced quantiles, 9 of the positive half and 8 of the negative, scaled to [-1, 1].
     def quantiles(count: int) -> torch.Tensor:

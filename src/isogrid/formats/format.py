@@ -250,7 +250,7 @@ def extremes_affine(rows: Tensor, fmt: Format) -> Affine:
         reach, end = _bound(rows, grid), grid.highest if grid.highest > 0 else -grid.lowest
         if fmt.scale is not None and isinstance(fmt.scale.grid, ExponentGrid):
             return Affine(power_of_two_below(reach) / 2.0 ** (frexp(end)[1] - 1))
-        return Affine(reach / end)
+        return Affine(_divide(reach, end))
     lowest, highest = rows.amin(1), rows.amax(1)
     if fmt.zero_point is not None or (fmt.offset is not None and fmt.offset.grid.highest <= 0):
         lowest = lowest.clamp(max=0.0)
@@ -270,7 +270,12 @@ def zero_point_affine(lowest: Tensor, highest: Tensor, grid: Grid) -> Affine:
 
 def _step(lowest: Tensor, highest: Tensor, grid: Grid) -> Tensor:
     """(highest - lowest) / (grid.highest - grid.lowest), by halves so that the difference cannot overflow."""
-    return (highest * 0.5 - lowest * 0.5) / ((grid.highest - grid.lowest) * 0.5)
+    return _divide(highest * 0.5 - lowest * 0.5, (grid.highest - grid.lowest) * 0.5)
+
+
+def _divide(x: Tensor, number: float) -> Tensor:
+    """True division: by a Python number CUDA divides through the reciprocal, whose last bit may differ."""
+    return x / torch.full_like(x, number)
 
 
 def _bound(rows: Tensor, grid: Grid) -> Tensor:

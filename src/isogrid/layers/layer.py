@@ -12,9 +12,8 @@ from isogrid.layers.dynamic import RuntimeRule
 from isogrid.layers.folding import Folded, fold
 from isogrid.layers.integer import StaticGrid
 from isogrid.layers.operations import BilinearOperation
-from isogrid.layers.static import accumulate, with_exact_value, with_value
+from isogrid.layers.static import Finish, static_operation
 from isogrid.quantizers import Operand, Quantizer, quantized_operation
-from isogrid.quantizers.compiled import kernel
 
 Arithmetic = Literal["static", "float"]
 """`static`: whole codes are accumulated and rescaled once. `float`: floating point on dequantised operands."""
@@ -51,8 +50,8 @@ class QuantizedLayer(nn.Module):
         input_rule: how the runtime quantises the input as it comes, or None.
     """
 
-    weight: Tensor
-    bias: Tensor | None
+    weight: Any
+    bias: Any
     weight_quantizer: Quantizer
     input_quantizer: Quantizer | None
     output_quantizer: Quantizer | None
@@ -71,11 +70,11 @@ class QuantizedLayer(nn.Module):
         """The input as `operation` takes it: padded, where the padding is not with zeros on equal sides."""
         return x
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The layer's output as the runtime computes it, with the gradient of its estimators."""
         # Operations in here are not those of the model, so that no operation scope around may count them.
         with torch._C.DisableTorchFunction():
-            return self._forward(x)
+            return self._forward(input)
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.input_quantizer is not None and not self.input_on_grid:
@@ -90,7 +89,10 @@ class QuantizedLayer(nn.Module):
             return self._static_forward(x, x_operand, weight_operand)
         if self.batch_norm is not None and weight_operand is not None:
             weight_operand = self._with_sign(weight_operand)
-        y = quantized_operation(self.operation, x, self.weight, self.bias, x_operand, weight_operand)
+        if x_operand is None and weight_operand is None:
+            y = self.operation.forward(x, self.weight, self.bias)
+        else:
+            y = quantized_operation(self.operation, x, self.weight, self.bias, x_operand, weight_operand)
         if self.batch_norm is not None:
             y = self.batch_norm.normalize(y)
         y = F.relu(y) if self.activation == "relu" else y
@@ -109,55 +111,45 @@ class QuantizedLayer(nn.Module):
         folded = self.folded(weight_scale, x_scale)
         signed = weight_scale * self._weight_view(folded.weight_factor)
         weight_operand = weight_operand._replace(affine=weight_operand.affine._replace(scale=signed))
-        exact = not self.training
-        accumulator = accumulate(self.operation, x, self.weight, x_operand, weight_operand, exact)
         x_scale = x_scale.detach()
-        bias_codes = arithmetic.quantize_bias(folded.shift, x_scale, folded.scale)
-        total = accumulator.detach().to(torch.int32) + self._output_view(bias_codes)
-        y = None
-        if accumulator.requires_grad or (torch.is_grad_enabled() and self.bias is not None and self.bias.requires_grad):
-            y = self._differentiable_output(accumulator, x_scale * signed.detach())
-        output_operand = None if self.output_quantizer is None else self.output_quantizer.operand(total)
-        if output_operand is None:
-            value = arithmetic.dequantize_accumulator(total, x_scale, self._output_view(folded.scale))
-            value = value.clamp(min=0.0) if self.activation == "relu" else value
-            return value if y is None else with_value(y, value)
-        if self.output_quantizer is not None and y is not None:
-            self.output_quantizer.observe(y)
-        return self._quantized_output(y, total, x_scale, folded, output_operand)
-
-    def _quantized_output(
-        self, y: Tensor | None, total: Tensor, x_scale: Tensor, folded: Folded, operand: Operand
-    ) -> Tensor:
-        scale, zero_point = operand.affine.scale, operand.affine.zero_point
-        assert scale is not None
-        multiplier = arithmetic.multiplier(x_scale, self._output_view(folded.scale), scale.detach())
-        grid: Any = operand.format.grid
-        units = kernel(requantized_units, total)(
-            total, multiplier, zero_point, grid.low, grid.high, self.activation == "relu"
+        quantizer = self.output_quantizer
+        finish = Finish(
+            *self._float_twin(x_scale * signed.detach().reshape(-1).expand(len(self.weight))),
+            bias_codes=arithmetic.quantize_bias(folded.shift, x_scale, folded.scale),
+            step=x_scale * folded.scale,
+            relu=self.activation == "relu",
+            output=None if quantizer is None else quantizer.operand(x),
+            watch=None if quantizer is None or not quantizer.follows else quantizer.observe,
         )
-        return units * scale if y is None else with_exact_value(y, units, operand)
+        return static_operation(self.operation, x, self.weight, x_operand, weight_operand, finish)
 
-    def _differentiable_output(self, accumulator: Tensor, scale: Tensor) -> Tensor:
-        y = accumulator.to(torch.float32) * self._output_view(scale.reshape(-1))
-        if self.bias is not None:
-            y = y + self._output_view(self.bias)
-        if self.batch_norm is not None:
-            y = self.batch_norm.normalize(y)
-        return F.relu(y) if self.activation == "relu" else y
+    def _float_twin(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Factor and shift [channels] from accumulator to float output, batch norm by its running statistics included.
+
+        Unlike those of deployment they carry gradients, to the bias and to the affine part of batch norm.
+        """
+        shift = torch.zeros_like(scale) if self.bias is None else self.bias.to(torch.float32)
+        norm: Any = self.batch_norm
+        if norm is None:
+            return scale, shift
+        gain = torch.rsqrt(norm.running_var + norm.eps)
+        gain = gain if norm.weight is None else gain * norm.weight
+        shift = (shift - norm.running_mean) * gain
+        return scale * gain, shift if norm.bias is None else shift + norm.bias
 
     def folded(self, weight_scale: Tensor, x_scale: Tensor) -> Folded:
         """Scales and shift of the layer with its batch norm folded in, [channels]."""
         channels = self.weight.shape[0]
         per_channel = weight_scale.detach().reshape(-1).expand(channels)
-        return fold(per_channel, x_scale, self.bias, self.batch_norm)  # type: ignore[arg-type]
+        norm: Any = self.batch_norm
+        return fold(per_channel, x_scale, self.bias, norm)
 
     @torch.no_grad()
     def integer_parts(self) -> tuple[Tensor, Tensor, Tensor, StaticGrid, StaticGrid | None]:
         """Weight codes, folded scale, bias codes, input and output grid, as deployment stores them."""
         assert self.input_quantizer is not None
         input_grid = static_grid(self.input_quantizer)
-        weight_scale = self.weight_quantizer.stored().scale
+        weight_scale = self.weight_quantizer.affine(self.weight).scale
         assert weight_scale is not None
         folded = self.folded(weight_scale, input_grid.scale)
         signed = weight_scale * self._weight_view(folded.weight_factor)
@@ -174,19 +166,14 @@ class QuantizedLayer(nn.Module):
         raise NotImplementedError
 
     def _with_sign(self, operand: Operand) -> Operand:
-        gain = self.batch_norm.weight if self.batch_norm is not None else None
+        gain: Any = self.batch_norm.weight if self.batch_norm is not None else None
         if gain is None or operand.affine.scale is None:
             return operand
-        sign = self._weight_view(torch.where(gain.detach() < 0, -1.0, 1.0))  # type: ignore[arg-type]
+        sign = self._weight_view(torch.where(gain.detach() < 0, -1.0, 1.0))
         return operand._replace(affine=operand.affine._replace(scale=operand.affine.scale * sign))
 
     def _weight_view(self, per_channel: Tensor) -> Tensor:
         return per_channel.reshape(-1, *[1] * (self.weight.dim() - 1))
-
-    def _output_view(self, per_channel: Tensor) -> Tensor:
-        if self.operation.channel_axis == -1:
-            return per_channel
-        return per_channel.reshape(-1, *[1] * (self.weight.dim() - 2))
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"weight={self.weight_quantizer.format}"]
@@ -205,13 +192,3 @@ def static_grid(quantizer: Quantizer) -> StaticGrid:
     assert affine.scale is not None
     zero_point = torch.zeros_like(affine.scale) if affine.zero_point is None else affine.zero_point
     return StaticGrid(affine.scale.reshape(1), zero_point.reshape(1).to(grid.code_dtype), grid.low, grid.high)
-
-
-def requantized_units(
-    total: Tensor, multiplier: Tensor, zero_point: Tensor | None, low: int, high: int, relu: bool
-) -> Tensor:
-    """`arithmetic.requantize`, read back as code - zero point in float32."""
-    zero = torch.zeros(1) if zero_point is None else zero_point
-    lowest = torch.clamp(zero, min=low) if relu else torch.full_like(zero, low)
-    codes = torch.round(total.float() * multiplier) + zero
-    return torch.minimum(torch.maximum(codes, lowest), torch.full_like(zero, high)) - zero

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ class LinearOperation:
     """
 
     channel_axis: int = -1
+    divides: ClassVar[bool] = True
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -32,6 +34,11 @@ class LinearOperation:
             rows.T @ x.reshape(-1, x.shape[-1]) if needs[1] else None,
             rows.sum(0) if needs[2] else None,
         )
+
+    def divide(self, x: Tensor, weight: Tensor, pieces: int) -> list[tuple[Tensor, Tensor]]:
+        """Operands of operations whose outputs add up to this one's, at least as many as pieces where possible."""
+        size = max(1, weight.shape[1] // pieces)
+        return list(zip(torch.split(x, size, -1), torch.split(weight, size, 1), strict=True))
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,11 @@ class ConvolutionOperation:
     groups: int
     channel_axis: int = 1
 
+    @property
+    def divides(self) -> bool:
+        """Whether `divide` can split the operation."""
+        return self.groups == 1
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         convolve: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
         return convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
@@ -73,6 +85,11 @@ class ConvolutionOperation:
             list(needs),
         )
         return x_gradient, weight_gradient, bias_gradient
+
+    def divide(self, x: Tensor, weight: Tensor, pieces: int) -> list[tuple[Tensor, Tensor]]:
+        """Operands of operations whose outputs add up to this one's, at least as many as pieces where possible."""
+        size = max(1, weight.shape[1] // pieces)
+        return list(zip(torch.split(x, size, 1), torch.split(weight, size, 1), strict=True))
 
 
 BilinearOperation = LinearOperation | ConvolutionOperation

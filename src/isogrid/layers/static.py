@@ -1,39 +1,74 @@
 """Training forward of static integer arithmetic: the value of the integer kernel, the gradient of the float one.
 
-The operation runs on whole codes in floating point, where sums are exact up to 2**24, so the forward pass yields
-the integers that the runtime accumulates. Gradients are those of fake quantisation.
+Forward computes the integers that the runtime accumulates, exactly, and finishes them as the runtime does. Backward is
+that of fake quantisation, with the operands recomputed from what was saved: the codes of the input (or the input
+itself, where it had to be rounded), the weight, and the accumulator if anything after it is not linear.
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from isogrid.formats import Affine, Grid
+from isogrid.formats.format import normalize
+from isogrid.layers.accumulation import accumulate, integer_product_pays, multiply_integers
 from isogrid.layers.operations import BilinearOperation
-from isogrid.quantizers import Operand
-from isogrid.quantizers.compiled import kernel
-
-EXACT_IN_FLOAT32 = 2**24
-"""Integers up to here, and sums of products that stay below it, are exact in float32."""
+from isogrid.quantizers import Estimator, Operand
+from isogrid.quantizers.compiled import Results, Tensors, run
+from isogrid.quantizers.functional import Quantization, Rule, take_apart
 
 
-def accumulate(
-    operation: BilinearOperation, x: Tensor, weight: Tensor, x_operand: Operand, weight_operand: Operand, exact: bool
+class Finish(NamedTuple):
+    """What happens to the accumulator; tensors are float32 [channels] where not said otherwise.
+
+    Attributes:
+        factor, shift: the float layer's output is `factor * accumulator + shift`; they carry gradients to whatever
+            they were computed from.
+        bias_codes: int32, added to the accumulator.
+        step: what one step of the accumulator is worth, as deployment has it: `f32(x_scale * weight_scale)`.
+        relu: whether negative outputs become zero.
+        output: how the output is quantised; None leaves it float.
+        watch: called with the float output, before it is quantised, where the output's range moves with it.
+    """
+
+    factor: Tensor
+    shift: Tensor
+    bias_codes: Tensor
+    step: Tensor
+    relu: bool
+    output: Operand | None
+    watch: Callable[[Tensor], None] | None = None
+
+
+def static_operation(
+    operation: BilinearOperation,
+    x: Tensor,
+    weight: Tensor,
+    x_operand: Operand,
+    weight_operand: Operand,
+    finish: Finish,
 ) -> Tensor:
-    """The integer accumulator of an operation on codes, differentiable in x, weight and the scales.
+    """A layer's output as the integer kernel computes it, differentiable as its fake-quantised float twin.
 
     Args:
         operation: linear or convolution.
         x, weight: float operands.
-        x_operand, weight_operand: static quantisation of both; integer grids, scales of tensor or channel shape.
-        exact: compute in float64 where sums could pass 2**24; else float32 always.
+        x_operand, weight_operand: static quantisation of both: integer grids, one scale for x, one for the weight or
+            for each of its channels.
+        finish: from the accumulator to the output.
 
     Returns:
-        Sums of (x code - zero point) * weight code, in the operation's output shape; float64 where that was needed.
+        float32: `(code - zero point) * scale` of the output's grid, or the accumulator times its scale.
     """
-    x_scale, zero_point = x_operand.affine.scale, x_operand.affine.zero_point
-    fixed = (operation, x_operand, weight_operand, exact)
-    return _Accumulate.apply(x, weight, x_scale, zero_point, weight_operand.affine.scale, fixed)  # type: ignore[no-any-return]
+    x_fixed, x_tensors = take_apart(x_operand)
+    weight_fixed, weight_tensors = take_apart(weight_operand)
+    output_fixed, output_tensors = take_apart(finish.output)
+    fixed = _Static(operation, x_fixed, weight_fixed, output_fixed, finish.relu, finish.watch)
+    tensors = (*x_tensors, *weight_tensors, *output_tensors)
+    return _static_operation(x, weight, finish.factor, finish.shift, finish.bias_codes, finish.step, fixed, *tensors)
 
 
 def with_exact_value(y: Tensor, units: Tensor, operand: Operand) -> Tensor:
@@ -44,111 +79,289 @@ def with_exact_value(y: Tensor, units: Tensor, operand: Operand) -> Tensor:
         units: code - zero point [...], as the runtime's kernel rounds it.
         operand: of the output's quantizer.
     """
-    affine = operand.affine
-    return _ExactValue.apply(y, units, affine.scale, affine.zero_point, operand)  # type: ignore[no-any-return]
+    fixed, tensors = take_apart(operand)
+    return _exact_value(y, units, fixed, *tensors)
 
 
-def with_value(y: Tensor, value: Tensor) -> Tensor:
-    """`value`, with the gradient of y."""
-    return _Replace.apply(y, value.to(y.dtype)) if y.requires_grad else value  # type: ignore[no-any-return]
+@dataclass(frozen=True)
+class _Ending:
+    """What the kernels between accumulator and output are compiled for.
+
+    Attributes:
+        relu: whether negative outputs become zero.
+        grid, estimator, names: of the output's quantisation, and of its tensors; None and () where it stays float.
+        factor, shift: whether backward gives them a gradient.
+    """
+
+    relu: bool
+    grid: Any
+    estimator: Estimator | None
+    names: tuple[str, ...]
+    factor: bool = False
+    shift: bool = False
+
+    def named(self, tensors: Tensors) -> tuple[Affine, dict[str, Tensor]]:
+        """Affine parameters and own tensors of the output's estimator."""
+        own: dict[str, Any] = dict(zip(self.names, tensors, strict=True))
+        return Affine(*[own.pop(name, None) for name in Affine._fields]), own
 
 
-def to_units(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Any) -> Tensor:
-    """Code minus zero point of each value, as float32."""
-    return grid.nearest(x.to(torch.float32) / scale, zero_point)  # type: ignore[no-any-return]
+class _Static:
+    """Everything about one call that is no tensor."""
+
+    def __init__(
+        self,
+        operation: BilinearOperation,
+        x: Quantization,
+        weight: Quantization,
+        output: Quantization,
+        relu: bool,
+        watch: Callable[[Tensor], None] | None,
+    ):
+        self.operation, self.x, self.weight, self.output = operation, x, weight, output
+        self.relu, self.watch = relu, watch
+
+    def split(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+        """What belongs to input, weight and output."""
+        first, second = len(self.x.names), len(self.x.names) + len(self.weight.names)
+        return tuple(tensors[:first]), tuple(tensors[first:second]), tuple(tensors[second:])
+
+    def ending(self, factor: bool = False, shift: bool = False) -> _Ending:
+        """Of this call."""
+        output = self.output
+        if not output.quantizes:
+            return _Ending(self.relu, None, None, (), factor, shift)
+        return _Ending(self.relu, output.format.grid, output.estimator, output.names, factor, shift)
+
+    def output_parts(self, tensors: tuple[Tensor, ...]) -> Tensors:
+        """The tensors of the output's quantisation, affine parameters as stored."""
+        if not self.output.quantizes:
+            return ()
+        stored = self.output.stored(tensors)._asdict()
+        return tuple([stored.get(name, tensor) for name, tensor in zip(self.output.names, tensors, strict=True)])
+
+    def reach(self, zero_point: Tensor | None) -> float:
+        """No product of two units is larger."""
+        x_grid, weight_grid = self.x.format.grid, self.weight.format.grid
+        x_reach = _reach(x_grid) if zero_point is None else x_grid.highest - x_grid.lowest
+        return x_reach * _reach(weight_grid)
 
 
-def largest_accumulator(weight: Tensor, x_operand: Operand, weight_operand: Operand) -> float:
-    """A bound on the accumulator's magnitude, from the grids and the number of products in a sum."""
-    x_grid, weight_grid = x_operand.format.grid, weight_operand.format.grid
-    x_reach = x_grid.highest - x_grid.lowest if x_operand.affine.zero_point is not None else _reach(x_grid)
-    return weight[0].numel() * x_reach * _reach(weight_grid)
-
-
-def _reach(grid: Any) -> float:
+def _reach(grid: Grid) -> float:
     return max(abs(grid.lowest), abs(grid.highest))
 
 
-class _Accumulate(torch.autograd.Function):
+class _Channels:
+    """The view of an output in which a vector over channels broadcasts: [rows, channels] or [batch, channels, space].
+
+    Args:
+        axis: of the channels.
+        like: a tensor of the output's shape; its order in memory decides.
+    """
+
+    def __init__(self, axis: int, like: Tensor):
+        moved = like.movedim(axis, -1)
+        self._last = torch.compiler.is_compiling() or moved.is_contiguous()
+        self._axis, self._shape = axis, tuple(moved.shape if self._last else like.shape)
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """A tensor of the output's shape in the view."""
+        if self._last:
+            return tensor.movedim(self._axis, -1).reshape(-1, self._shape[-1])
+        return tensor.reshape(*self._shape[:2], -1)
+
+    def join(self, view: Tensor) -> Tensor:
+        """Back from the view."""
+        return view.reshape(self._shape).movedim(-1, self._axis) if self._last else view.reshape(self._shape)
+
+    def spread(self, vector: Tensor) -> Tensor:
+        """A tensor of one element a channel, or one for all, so that it broadcasts."""
+        return vector.detach().reshape((1, -1) if self._last else (1, -1, 1))
+
+
+class _StaticOperation(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        x_scale: Tensor,
-        zero_point: Tensor | None,
-        weight_scale: Tensor,
-        fixed: Any,
+        factor: Tensor,
+        shift: Tensor,
+        bias_codes: Tensor,
+        step: Tensor,
+        fixed: _Static,
+        *tensors: Tensor,
     ) -> Tensor:
-        operation, x_operand, weight_operand, exact = fixed
-        x_units = kernel(to_units, x)(x, x_scale, zero_point, x_operand.format.grid)
-        weight_units = kernel(to_units, weight)(weight, weight_scale, None, weight_operand.format.grid)
-        # Codes of an input that already lies on its grid say all about it, in a quarter of the memory.
-        saved = (x_units + (0 if zero_point is None else zero_point)).to(x_operand.format.grid.code_dtype)
-        ctx.save_for_backward(saved if x_operand.on_grid else x, weight, x_scale, zero_point, weight_scale)
-        ctx.fixed, ctx.x_dtype = fixed, x.dtype
-        wide = exact and largest_accumulator(weight, x_operand, weight_operand) > EXACT_IN_FLOAT32
-        dtype = torch.float64 if wide else torch.float32
+        x_tensors, weight_tensors, output_tensors = fixed.split(tensors)
+        zero_point = fixed.x.stored(x_tensors).zero_point
         with torch.autocast(x.device.type, enabled=False):
-            return operation.forward(x_units.to(dtype), weight_units.to(dtype), None)  # type: ignore[no-any-return]
+            if integer_product_pays(fixed.operation, x, weight):
+                (codes,) = fixed.x.apply(_codes, x, x_tensors)
+                (weight_codes,) = fixed.weight.apply(_codes, weight, weight_tensors)
+                accumulator = multiply_integers(codes, zero_point, weight_codes)
+                # Codes cannot be NaN, but the output must be.
+                step = torch.where(x.isnan().any() | weight.isnan().any(), torch.nan, step)
+            else:
+                units, *codes_if_on_grid = fixed.x.apply(_units_and_codes if fixed.x.on_grid else _units, x, x_tensors)
+                codes = codes_if_on_grid[0] if codes_if_on_grid else x
+                (weight_units,) = fixed.weight.apply(_units, weight, weight_tensors)
+                accumulator = accumulate(fixed.operation, units, weight_units, fixed.reach(zero_point))
+        # Codes of an input that already lies on its grid say all about it, in a quarter of the memory.
+        kept = codes if fixed.x.on_grid else x
+        is_linear = not (fixed.relu or fixed.output.quantizes or ctx.needs_input_grad[2])
+        ctx.save_for_backward(
+            kept, weight, None if is_linear else accumulator.to(torch.float32), factor, shift, *tensors
+        )
+        ctx.fixed, ctx.x_dtype = fixed, x.dtype
+        channels = _Channels(fixed.operation.channel_axis, accumulator)
+        if fixed.watch is not None:
+            y = channels.cut(accumulator).to(torch.float32) * channels.spread(factor) + channels.spread(shift)
+            fixed.watch(y.clamp(min=0.0) if fixed.relu else y)
+        output_scale = fixed.output.stored(output_tensors).scale if fixed.output.quantizes else None
+        multiplier = step if output_scale is None else step / output_scale
+        vectors = (bias_codes, multiplier, *fixed.output_parts(output_tensors))
+        whole = tuple([channels.spread(vector) for vector in vectors if vector is not None])
+        (values,), _ = run(_finish, fixed.ending(), (channels.cut(accumulator),), whole)
+        assert values is not None
+        return channels.join(values)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        operation, x_operand, weight_operand, _ = ctx.fixed
-        x, weight, x_scale, zero_point, weight_scale = ctx.saved_tensors
-        if x_operand.on_grid:
-            x_units = x_operand.format.grid.decode(x, zero_point)
-        else:
-            x_units = kernel(to_units, x)(x, x_scale, zero_point, x_operand.format.grid)
-        weight_units = kernel(to_units, weight)(weight, weight_scale, None, weight_operand.format.grid)
-        needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
-        needs_weight = ctx.needs_input_grad[1] or ctx.needs_input_grad[4]
-        x_gradient, weight_gradient, _ = operation.backward(
-            gradient.to(torch.float32), x_units, weight_units, (needs_x, needs_weight, False)
-        )
-        x_scale_gradient = weight_scale_gradient = None
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        fixed: _Static = ctx.fixed
+        x, weight, accumulator, factor, shift, *tensors = ctx.saved_tensors
+        x_tensors, weight_tensors, output_tensors = fixed.split(tensors)
+        x_needs, weight_needs, _ = fixed.split(ctx.needs_input_grad[7:])
+        needs_x, needs_weight = ctx.needs_input_grad[0] or any(x_needs), ctx.needs_input_grad[1] or any(weight_needs)
+        x_affine, weight_affine = fixed.x.stored(x_tensors), fixed.weight.stored(weight_tensors)
+        assert x_affine.scale is not None and weight_affine.scale is not None
+        x_scale = x_affine.scale.reshape(-1)
+
+        ending = fixed.ending(*ctx.needs_input_grad[2:4])
+        channels = _Channels(fixed.operation.channel_axis, gradient if accumulator is None else accumulator)
+        vectors = (factor / x_scale, factor, shift, *fixed.output_parts(output_tensors))
+        whole = tuple([channels.spread(vector) for vector in vectors if vector is not None])
+        tall = (gradient,) if accumulator is None else (gradient, accumulator)
+        (passed,), sums = run(_unfinish, ending, tuple([channels.cut(tensor) for tensor in tall]), whole)
+        assert passed is not None
+        # The gradient of the units of x times their scale: that of x itself.
+        gradient = channels.join(passed)
+        factor_gradient, shift_gradient, *rest = sums
+        output_gradients = fixed.output.finished(tuple(gradient.shape), output_tensors, rest)
+
+        x_gradient: Tensor | None
+        weight_gradient: Tensor | None
+        x_rest: list[Tensor | None] = [None] * len(x_tensors)
+        weight_rest: list[Tensor | None] = [None] * len(weight_tensors)
+        x_units, weight_units = x, weight
+        with torch.autocast(gradient.device.type, enabled=False):
+            if needs_weight and fixed.x.on_grid:
+                x_units = fixed.x.format.grid.decode(x, x_affine.zero_point)
+            elif needs_weight:
+                (x_units,) = fixed.x.apply(_units, x, x_tensors)
+            if needs_x:
+                (weight_units,) = fixed.weight.apply(_units, weight, weight_tensors)
+            x_gradient, weight_gradient, _ = fixed.operation.backward(
+                gradient, x_units, weight_units, (needs_x, needs_weight, False)
+            )
         if x_gradient is not None:
-            x_gradient = x_gradient / x_scale
-            if not x_operand.on_grid:
-                grads = _estimate(x_gradient, x, x_operand)
-                x_gradient, x_scale_gradient = grads.x, grads.affine.scale
+            x_gradient, x_rest = fixed.x.backward(x_gradient, x, x_tensors)
             x_gradient = x_gradient.to(ctx.x_dtype)
         if weight_gradient is not None:
-            operand = weight_operand._replace(affine=weight_operand.affine._replace(scale=weight_scale))
-            grads = _estimate(weight_gradient / weight_scale, weight, operand)
-            weight_gradient, weight_scale_gradient = grads.x.to(weight.dtype), grads.affine.scale
-        return x_gradient, weight_gradient, x_scale_gradient, None, weight_scale_gradient, None
+            weight_gradient = weight_gradient * (x_scale / weight_affine.scale)
+            weight_gradient, weight_rest = fixed.weight.backward(weight_gradient, weight, weight_tensors)
+            weight_gradient = weight_gradient.to(weight.dtype)
+        factor_gradient = None if factor_gradient is None else factor_gradient.reshape(factor.shape)
+        shift_gradient = None if shift_gradient is None else shift_gradient.reshape(shift.shape)
+        gradients = (x_gradient, weight_gradient, factor_gradient, shift_gradient, None, None, None)
+        return *gradients, *x_rest, *weight_rest, *output_gradients
 
 
 class _ExactValue(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, units: Tensor, scale: Tensor, zero_point: Tensor | None, operand: Operand
-    ) -> Tensor:
-        ctx.save_for_backward(y)
-        ctx.operand = operand
+    def forward(ctx: Any, y: Tensor, units: Tensor, fixed: Quantization, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(y, *tensors)
+        ctx.fixed = fixed
+        scale = fixed.stored(tensors).scale
+        assert scale is not None
         return units * scale
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        grads = _estimate(gradient, ctx.saved_tensors[0], ctx.operand)
-        return grads.x, None, grads.affine.scale, None, None
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        y, *tensors = ctx.saved_tensors
+        y_gradient, rest = ctx.fixed.backward(gradient, y, tuple(tensors))
+        return y_gradient, None, None, *rest
 
 
-class _Replace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        return gradient, None
+_static_operation: Callable[..., Tensor] = _StaticOperation.apply
+_exact_value: Callable[..., Tensor] = _ExactValue.apply
 
 
-def _estimate(gradient: Tensor, x: Tensor, operand: Operand) -> Any:
-    affine = operand.affine._replace(scale=operand.affine.scale.detach())  # type: ignore[union-attr]
-    return kernel(_backward_rule, x)(gradient, x, affine, operand)
+def _in_grid_units(rule: Rule, rows: tuple[Tensor, ...], whole: Tensors) -> tuple[Tensor, Tensor | None, Grid]:
+    x, *others = rows
+    affine, tensors, _ = rule.named(tuple(others), whole)
+    if not rule.estimator.rounds_to_nearest:
+        x = rule.estimator.forward(x, affine, rule.grid, tensors)
+    return normalize(x, affine), affine.zero_point, rule.grid
 
 
-def _backward_rule(gradient: Tensor, x: Tensor, affine: Any, operand: Operand) -> Any:
-    return operand.estimator.backward(gradient, x, affine, operand.format, operand.tensors)
+def _units(rule: Rule, rows: tuple[Tensor, ...], whole: Tensors) -> Results:
+    """Code minus zero point, float32."""
+    in_units, zero_point, grid = _in_grid_units(rule, rows, whole)
+    return Results((grid.nearest(in_units, zero_point),))
+
+
+def _codes(rule: Rule, rows: tuple[Tensor, ...], whole: Tensors) -> Results:
+    in_units, zero_point, grid = _in_grid_units(rule, rows, whole)
+    return Results((grid.encode(in_units, zero_point),))
+
+
+def _units_and_codes(rule: Rule, rows: tuple[Tensor, ...], whole: Tensors) -> Results:
+    in_units, zero_point, grid = _in_grid_units(rule, rows, whole)
+    units = grid.nearest(in_units, zero_point)
+    return Results((units, (units if zero_point is None else units + zero_point).to(grid.code_dtype)))
+
+
+def _finish(ending: _Ending, rows: tuple[Tensor, ...], whole: Tensors) -> Results:
+    """From the accumulator to the output, as `arithmetic.requantize` and `dequantize_accumulator` do it.
+
+    The order of the operations is the runtime's; another order gives other values.
+    """
+    (accumulator,) = rows
+    bias_codes, multiplier, *parts = whole
+    assert bias_codes is not None and multiplier is not None
+    total = (accumulator.to(torch.int32) + bias_codes).to(torch.float32)
+    if accumulator.is_floating_point():
+        total = torch.where(accumulator.isnan(), torch.nan, total)
+    value = total * multiplier
+    if not ending.names:
+        return Results((value.clamp(min=0.0) if ending.relu else value,))
+    affine, _ = ending.named(tuple(parts))
+    scale, zero = affine.scale, affine.zero_point
+    assert scale is not None
+    zero = torch.zeros_like(scale) if zero is None else zero
+    lowest = zero.clamp(min=ending.grid.low) if ending.relu else torch.full_like(zero, ending.grid.low)
+    codes = torch.maximum(torch.round(value) + zero, lowest).clamp(max=ending.grid.high)
+    return Results(((codes - zero) * scale,))
+
+
+def _unfinish(ending: _Ending, rows: tuple[Tensor, ...], whole: Tensors) -> Results:
+    """The derivative of the fake-quantised float twin of `_finish`; sums over all but the channels."""
+    gradient, *accumulators = rows
+    step, factor, shift, *parts = whole
+    assert step is not None and factor is not None and shift is not None
+    gradient = gradient.to(torch.float32)
+    sums: list[Tensor | None] = []
+    if ending.estimator is not None or ending.relu:
+        y = accumulators[0] * factor + shift
+        activated = y.clamp(min=0.0) if ending.relu else y
+        if ending.estimator is not None:
+            affine, tensors = ending.named(tuple(parts))
+            found = ending.estimator.backward(gradient, activated, affine, ending.grid, tensors)
+            by_name: dict[str, Tensor | None] = {**found.affine._asdict(), **found.tensors}
+            sums = [by_name.get(name) for name in ending.names]
+            gradient = found.x
+        if ending.relu:
+            gradient = torch.where(y > 0, gradient, 0.0)
+    factor_gradient = (gradient * accumulators[0]).sum_to_size(factor.shape) if ending.factor else None
+    shift_gradient = gradient.sum_to_size(shift.shape) if ending.shift else None
+    return Results((gradient * step,), (factor_gradient, shift_gradient, *sums))

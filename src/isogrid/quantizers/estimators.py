@@ -1,8 +1,9 @@
 """Estimators: what gradient passes the rounding.
 
-An estimator is a frozen dataclass with a forward rule (the format's own fake quantisation unless it overrides it)
-and a backward rule, both pure functions of the saved input, so that nothing but the input is kept for backward.
-A new estimator is one class here and its line in `ESTIMATORS`.
+An estimator is a frozen dataclass with a forward rule (rounding to the nearest value of the grid, unless it overrides
+it) and a backward rule, both pure functions of the saved input, so that nothing but the input is kept for backward. It
+may own tensors: a table, rounding offsets, random numbers. A new estimator is one class here and its line in
+`ESTIMATORS`.
 """
 
 from collections.abc import Mapping
@@ -16,41 +17,66 @@ from torch import Tensor
 
 from isogrid.errors import PlanError
 from isogrid.formats import Affine, Format, Grid, IntegerGrid
-from isogrid.formats.granularity import Shape, block_view
+from isogrid.formats.format import normalize, scale_up
+from isogrid.formats.granularity import Shape
 
 Tensors = Mapping[str, Tensor]
+
+NO_TENSORS: Tensors = MappingProxyType({})
 
 
 class Gradients(NamedTuple):
     """What a backward rule returns: gradients of the input, of the affine parameters, of the estimator's tensors.
 
-    None stands for a gradient that the rule does not define; `affine` carries the shapes of the parameters.
+    None, or no entry, stands for a gradient that the rule does not define. Each gradient has the shape of what it
+    belongs to, as the rule was given it; `Position.reduce` sums up to that of a scale.
     """
 
     x: Tensor
     affine: Affine = Affine(None)
-    tensors: Tensors = MappingProxyType({})
+    tensors: Tensors = NO_TENSORS
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """The straight-through family's common ground; subclasses override the backward rule, or more.
+    """What all estimators share; subclasses define `backward`, and override what else differs.
+
+    `forward` and `backward` are elementwise over the *block view*: x comes in a shape against which its scale
+    broadcasts (for groups of 32, x is [groups, 32] and the scale [groups, 1]), so that a rule is written without a word
+    on granularity. They see the tensor whole or in pieces, eagerly or inside torch.compile.
 
     Class attributes:
-        learns: the affine parameters for which `backward` gives a gradient, out of scale, zero_point, offset.
+        learns: the affine parameters (scale, zero_point, offset) and own tensors that `backward` gives a gradient.
+        rounds_to_nearest: whether `forward` is the plain one.
     """
 
     learns: ClassVar[frozenset[str]] = frozenset()
+    rounds_to_nearest: ClassVar[bool] = True
 
     def tensors(self, fmt: Format, shape: Shape) -> dict[str, Tensor]:
-        """Tensors of the estimator's own (a table, rounding offsets, a temperature) for an input of this shape."""
+        """Own tensors for an input of this shape; they live in the quantizer as parameters, or buffers if not learned.
+
+        One of the input's shape or of its scale's comes to the rules in the block view, like them; others as they are.
+        """
         return {}
 
-    def forward(self, x: Tensor, affine: Affine, fmt: Format, tensors: Tensors) -> Tensor:
-        """The fake-quantised input, float32 [...]; affine as stored."""
-        return fmt.fake_quantize(x, *affine)
+    def initialize(self, x: Tensor, affine: Affine, fmt: Format) -> dict[str, Tensor]:
+        """Values for own tensors, once the range has been fitted to the tensor x."""
+        return {}
 
-    def backward(self, gradient: Tensor, x: Tensor, affine: Affine, fmt: Format, tensors: Tensors) -> Gradients:
+    def draw(self, x: Tensor) -> dict[str, Tensor]:
+        """Tensors made anew for each forward pass in training, such as random numbers; backward sees the same."""
+        return {}
+
+    def gradient_scale(self, fmt: Format, shape: Shape, scale_shape: Shape) -> float:
+        """Factor on the gradients of the affine parameters, given the shapes of the input and of its scale."""
+        return 1.0
+
+    def forward(self, x: Tensor, affine: Affine, grid: Grid, tensors: Tensors) -> Tensor:
+        """The quantised input, float32 [...]; affine as stored."""
+        return scale_up(grid.nearest(normalize(x, affine), affine.zero_point), affine)
+
+    def backward(self, gradient: Tensor, x: Tensor, affine: Affine, grid: Grid, tensors: Tensors) -> Gradients:
         """Gradients, given that of the output [...], the saved input [...] and the affine parameters as stored."""
         raise NotImplementedError(f"{type(self).__name__} defines no backward rule.")
 
@@ -59,13 +85,12 @@ class Estimator:
 class Identity(Estimator):
     """The gradient passes unchanged, clipped values included (BitNet, arXiv 2310.11453; QAD).
 
-    >>> from isogrid.formats import named_format
-    >>> four_bits, x = named_format("int4/tensor"), torch.tensor([-99.0, 0.3, 99.0])
-    >>> Identity().backward(torch.ones(3), x, Affine(torch.ones(1)), four_bits, {}).x
+    >>> x = torch.tensor([-99.0, 0.3, 99.0])
+    >>> Identity().backward(torch.ones(3), x, Affine(torch.ones(1)), IntegerGrid(-8, 7), {}).x
     tensor([1., 1., 1.])
     """
 
-    def backward(self, gradient: Tensor, x: Tensor, affine: Affine, fmt: Format, tensors: Tensors) -> Gradients:
+    def backward(self, gradient: Tensor, x: Tensor, affine: Affine, grid: Grid, tensors: Tensors) -> Gradients:
         return Gradients(gradient)
 
 
@@ -76,15 +101,13 @@ class StraightThrough(Estimator):
     The mask is taken on the rounded code, as torch's own fake quantisation does: values up to half a step
     outside the range still learn.
 
-    >>> from isogrid.formats import named_format
-    >>> four_bits, x = named_format("int4/tensor"), torch.tensor([-8.6, 7.4, 7.6])
-    >>> StraightThrough().backward(torch.ones(3), x, Affine(torch.ones(1)), four_bits, {}).x
+    >>> x = torch.tensor([-8.6, 7.4, 7.6])
+    >>> StraightThrough().backward(torch.ones(3), x, Affine(torch.ones(1)), IntegerGrid(-8, 7), {}).x
     tensor([0., 1., 0.])
     """
 
-    def backward(self, gradient: Tensor, x: Tensor, affine: Affine, fmt: Format, tensors: Tensors) -> Gradients:
-        position = Position(x, affine, fmt)
-        return Gradients(position.restore(position.view(gradient) * position.rounds_to_grid()))
+    def backward(self, gradient: Tensor, x: Tensor, affine: Affine, grid: Grid, tensors: Tensors) -> Gradients:
+        return Gradients(torch.where(Position(x, affine, grid).rounds_to_grid(), gradient, 0.0))
 
 
 @dataclass(frozen=True)
@@ -96,100 +119,82 @@ class LSQ(Estimator):
 
     Args:
         scales_gradient: apply that factor. Adam is indifferent to it, SGD diverges at 2 bits without it.
+
+    >>> x, scale = torch.tensor([-9.0, 0.25]), torch.ones(1)
+    >>> LSQ().backward(torch.ones(2), x, Affine(scale), IntegerGrid(-8, 7), {})[:2]
+    (tensor([0., 1.]), Affine(scale=tensor([-8.2500]), zero_point=None, offset=None))
     """
 
     learns: ClassVar[frozenset[str]] = frozenset({"scale"})
     scales_gradient: bool = True
 
-    def backward(self, gradient: Tensor, x: Tensor, affine: Affine, fmt: Format, tensors: Tensors) -> Gradients:
-        position = Position(x, affine, fmt)
-        view = position.view(gradient)
+    def gradient_scale(self, fmt: Format, shape: Shape, scale_shape: Shape) -> float:
+        """`1 / sqrt(N p)`; a scale for the whole of a batched activation counts one sample's values."""
+        if not self.scales_gradient:
+            return 1.0
+        is_activation = len(scale_shape) == 1 < len(shape)
+        shared = prod(shape[1:]) if is_activation else prod(shape) / max(1, prod(scale_shape))
+        return 1.0 / sqrt(max(shared, 1.0) * max(fmt.grid.highest, 1.0))
+
+    def backward(self, gradient: Tensor, x: Tensor, affine: Affine, grid: Grid, tensors: Tensors) -> Gradients:
+        position = Position(x, affine, grid)
         inside = position.is_inside()
         slope = position.nearest() - torch.where(inside, position.in_units, 0.0)
-        scale_gradient = position.reduce(view * slope)
-        if self.scales_gradient:
-            scale_gradient = scale_gradient * gradient_scale(x, affine, fmt)
-        return Gradients(position.restore(view * inside), Affine(scale_gradient))
-
-
-def gradient_scale(x: Tensor, affine: Affine, fmt: Format) -> float:
-    """LSQ's `1 / sqrt(N p)`; a scale for the whole of a batched activation counts one sample's values."""
-    assert affine.scale is not None
-    shared = x.numel() / affine.scale.numel()
-    if affine.scale.dim() == 1 and affine.scale.numel() == 1 and x.dim() > 1:
-        shared = prod(x.shape[1:])
-    return 1.0 / sqrt(max(shared, 1.0) * max(fmt.grid.highest, 1.0))
+        scale_gradient = position.reduce(gradient.to(torch.float32) * slope)
+        return Gradients(torch.where(inside, gradient, 0.0), Affine(scale_gradient))
 
 
 class Position:
     """Where values lie relative to their grid: the quantities that backward rules are written in.
 
     Args:
-        x: the saved input [...].
-        affine: parameters as stored; the scale is not None.
-        fmt: the format.
+        x: in the block view [...].
+        affine: parameters as stored, which broadcast against x.
+        grid: of the format.
 
     Attributes:
-        in_units: (x - offset) / scale in float32, in the block view of the tensor.
+        in_units: (x - offset) / scale in float32.
+        zero_point: of affine.
     """
 
-    def __init__(self, x: Tensor, affine: Affine, fmt: Format):
-        self._shape, self._format = tuple(x.shape), fmt
-        arranged = fmt.granularity.arrange(x)
-        self._arranged_shape = tuple(arranged.shape)
-        assert affine.scale is not None
-        self._scale_shape = tuple(affine.scale.shape)
-        self._view, self._scale_view = block_view(self._arranged_shape, self._scale_shape)
-        aligned = affine.reshape(self._scale_view)
-        self.zero_point = aligned.zero_point
-        shifted = arranged.reshape(self._view).to(torch.float32)
-        if aligned.offset is not None:
-            shifted = shifted - aligned.offset
-        self.in_units = shifted / torch.where(aligned.scale == 0, 1.0, aligned.scale)  # type: ignore[arg-type]
+    def __init__(self, x: Tensor, affine: Affine, grid: Grid):
+        self.in_units = normalize(x, affine)
+        self.zero_point = affine.zero_point
+        self._scale, self._grid = affine.scale, grid
 
-    def view(self, tensor: Tensor) -> Tensor:
-        """A tensor of the input's shape in the block view, float32."""
-        return self._format.granularity.arrange(tensor).reshape(self._view).to(torch.float32)
-
-    def restore(self, view: Tensor) -> Tensor:
-        """Back from the block view to the input's shape."""
-        return self._format.granularity.restore(view.reshape(self._arranged_shape), self._shape)
-
-    def reduce(self, view: Tensor) -> Tensor:
-        """Sum over the values that share a scale, in the scale's shape."""
-        dims = [i for i, size in enumerate(self._scale_view) if size == 1]
-        return (view.sum(dims) if dims else view).reshape(self._scale_shape)
+    def reduce(self, values: Tensor) -> Tensor:
+        """The sum over the values that share a scale, in the scale's shape."""
+        return values if self._scale is None else values.sum_to_size(self._scale.shape)
 
     def nearest(self) -> Tensor:
-        """The grid values, at scale 1."""
-        return self._format.grid.nearest(self.in_units, self.zero_point)
+        """The grid values, at scale 1; with a zero point, code minus zero point."""
+        return self._grid.nearest(self.in_units, self.zero_point)
 
     def is_inside(self) -> Tensor:
         """Whether the unrounded value lies between the ends of the grid, ends included; bool."""
-        lowest, highest = self._bounds()
+        lowest, highest = self._ends()
         return (self.in_units >= lowest) & (self.in_units <= highest)
 
     def rounds_to_grid(self) -> Tensor:
-        """Whether the rounded value lies between the ends of the grid; bool."""
-        grid = self._format.grid
+        """Whether the rounded value lies between the ends of the grid; bool.
+
+        On grids other than integers: whether the value is at most half the outermost step beyond the end.
+        """
+        grid = self._grid
+        if grid.dimension > 1:
+            # A codebook of vectors has no ends of its own along one coordinate.
+            return torch.ones_like(self.in_units, dtype=torch.bool)
         if isinstance(grid, IntegerGrid):
-            rounded = torch.round(self.in_units - grid.shift) + grid.shift
-            lowest, highest = self._bounds()
-            return (rounded >= lowest) & (rounded <= highest)
-        low_step, high_step = outer_steps(grid)
-        return (self.in_units >= grid.lowest - low_step / 2) & (self.in_units <= grid.highest + high_step / 2)
+            rounded = torch.floor(self.in_units) if grid.midrise else torch.round(self.in_units)
+            codes = rounded if self.zero_point is None else rounded + self.zero_point
+            return (codes >= grid.low) & (codes <= grid.high)
+        # Seen in a mirror at the end of the grid, what lies within half a step of the end is what rounds to it.
+        end = self.in_units.clamp(grid.lowest, grid.highest)
+        return self.is_inside() | (grid.nearest(2.0 * end - self.in_units) == end)
 
-    def _bounds(self) -> tuple[Tensor | float, Tensor | float]:
-        grid = self._format.grid
-        if self.zero_point is None:
-            return grid.lowest, grid.highest
-        return grid.lowest - self.zero_point, grid.highest - self.zero_point
-
-
-def outer_steps(grid: Grid) -> tuple[float, float]:
-    """Distances between the two lowest and between the two highest values of a grid."""
-    values = grid.values()
-    return float(values[1] - values[0]), float(values[-1] - values[-2])
+    def _ends(self) -> tuple[Tensor | float, Tensor | float]:
+        lowest, highest = self._grid.lowest, self._grid.highest
+        return (lowest, highest) if self.zero_point is None else (lowest - self.zero_point, highest - self.zero_point)
 
 
 ESTIMATORS: dict[str, Estimator] = {"ste": StraightThrough(), "identity": Identity(), "lsq": LSQ()}

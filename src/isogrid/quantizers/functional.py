@@ -4,14 +4,21 @@ Backward recomputes the quantised operands from the saved inputs, so a quantised
 float layer does: its input, its weight and a few scales.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from isogrid.formats import Affine, Format
-from isogrid.quantizers.compiled import kernel
-from isogrid.quantizers.estimators import Estimator, Gradients
+from isogrid.formats import Affine, Format, Grid
+from isogrid.formats.granularity import Shape, block_view
+from isogrid.quantizers.compiled import Elementwise, Results, Tensors, run
+from isogrid.quantizers.estimators import Estimator, Position
+
+STRENGTH = "strength"
+"""The name under which the strength of a ramp travels beside the affine parameters."""
 
 
 class Operand(NamedTuple):
@@ -19,7 +26,7 @@ class Operand(NamedTuple):
 
     Attributes:
         format, estimator: the fixed part.
-        affine: scale, zero point, offset before their storage rounding; the scale may require a gradient.
+        affine: scale, zero point, offset before their storage rounding; each may require a gradient.
         tensors: the estimator's own tensors, by name.
         strength: float32 [1]; the operand is `x + strength * (quantised x - x)`. None means 1.
         on_grid: the input already lies on this grid, so that quantising it again changes nothing: the
@@ -29,7 +36,7 @@ class Operand(NamedTuple):
     format: Format
     estimator: Estimator
     affine: Affine
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     strength: Tensor | None = None
     on_grid: bool = False
 
@@ -37,11 +44,15 @@ class Operand(NamedTuple):
 class Operation(Protocol):
     """A bilinear operation of an input and a weight, with its derivatives."""
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The output."""
+        ...
 
     def backward(
         self, gradient: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of input, weight and bias, each None where not needed."""
+        ...
 
 
 def fake_quantize(x: Tensor, operand: Operand) -> Tensor:
@@ -54,8 +65,8 @@ def fake_quantize(x: Tensor, operand: Operand) -> Tensor:
     >>> fake_quantize(x, operand)
     tensor([0.5000, 3.5000], grad_fn=<_FakeQuantizeBackward>)
     """
-    names, tensors = _flatten(operand)
-    return _FakeQuantize.apply(x, _Fixed(operand, names), *tensors)  # type: ignore[no-any-return]
+    fixed, tensors = take_apart(operand)
+    return _fake_quantize(x, fixed, *tensors)
 
 
 def quantized_operation(
@@ -67,14 +78,39 @@ def quantized_operation(
     weight_operand: Operand | None,
 ) -> Tensor:
     """`operation(x^, weight^, bias)` with either operand fake-quantised or left alone; saves x and weight only."""
-    x_names, x_tensors = _flatten(x_operand)
-    weight_names, weight_tensors = _flatten(weight_operand)
-    fixed = (operation, _Fixed(x_operand, x_names), _Fixed(weight_operand, weight_names))
-    return _QuantizedOperation.apply(x, weight, bias, fixed, *x_tensors, *weight_tensors)  # type: ignore[no-any-return]
+    x_fixed, x_tensors = take_apart(x_operand)
+    weight_fixed, weight_tensors = take_apart(weight_operand)
+    return _quantized_operation(x, weight, bias, (operation, x_fixed, weight_fixed), *x_tensors, *weight_tensors)
 
 
-class _Fixed:
-    """The part of an operand that is no tensor, and the names of those that are."""
+def saturation(x: Tensor, fmt: Format, affine: Affine) -> float:
+    """Share of values that lie beyond an end of the grid by more than rounding explains, in [0, 1].
+
+    Args:
+        x: float tensor [...].
+        fmt: its format.
+        affine: parameters as stored; `Quantized.affine` and `Quantizer.stored()` are.
+
+    >>> from isogrid.formats import named_format
+    >>> saturation(torch.tensor([-9.0, 0.0, 7.4, 9.0]), named_format("int4/tensor"), Affine(torch.ones(1)))
+    0.5
+    """
+    blocks = Blocks(x, fmt, None if affine.scale is None else tuple(affine.scale.shape))
+    position = Position(blocks.cut(x), affine.reshape(blocks.scale_view), fmt.grid)
+    return 1.0 - float(position.rounds_to_grid().to(torch.float32).mean())
+
+
+def take_apart(operand: Operand | None) -> "tuple[Quantization, tuple[Tensor, ...]]":
+    """An operand's fixed part, and its tensors as autograd functions save them."""
+    if operand is None:
+        return Quantization(None, ()), ()
+    named = {**operand.affine._asdict(), **operand.tensors, STRENGTH: operand.strength}
+    present = {name: tensor for name, tensor in named.items() if tensor is not None}
+    return Quantization(operand, tuple(present)), tuple(present.values())
+
+
+class Quantization:
+    """The part of an operand that is no tensor, and the names of those that are; no operand leaves x as it is."""
 
     def __init__(self, operand: Operand | None, names: tuple[str, ...]):
         self.names = names
@@ -83,59 +119,185 @@ class _Fixed:
             self.format, self.estimator, self.on_grid = operand.format, operand.estimator, operand.on_grid
 
     def forward(self, x: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
-        """x fake-quantised and blended, in x's dtype."""
-        if not self.quantizes:
-            return x
-        parts = dict(zip(self.names, tensors, strict=True))
-        quantized = kernel(_forward, x)(x, parts, self.format, self.estimator).to(x.dtype)
-        return quantized if "strength" not in parts else torch.lerp(x, quantized, parts["strength"].to(x.dtype))
+        """x quantised and blended, in x's dtype."""
+        return self.apply(_forward, x, tensors)[0] if self.quantizes else x
+
+    def apply(self, function: Elementwise, x: Tensor, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        """The results, each of x's shape, of a function that takes a `Rule`, the rows of x and the parts of a rule."""
+        blocks, rule, rows, whole = self._arrange(x, tensors)
+        results = run(function, rule, (blocks.cut(x), *rows), whole)
+        return [blocks.join(values) for values in results.rows if values is not None]
+
+    def stored(self, tensors: tuple[Tensor, ...]) -> Affine:
+        """Scale, zero point and offset as stored, detached."""
+        named = dict(zip(self.names, tensors, strict=True))
+        parts = [named[name].detach() if name in named else None for name in Affine._fields]
+        return self.format.stored(Affine(*parts))
 
     def backward(self, gradient: Tensor, x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor | None]]:
         """Gradients of x and of each named tensor."""
         if not self.quantizes or self.on_grid:
             return gradient, [None] * len(self.names)
-        parts = dict(zip(self.names, tensors, strict=True))
-        grads = kernel(_backward, x)(gradient, x, parts, self.format, self.estimator)
-        by_name = {**grads.affine._asdict(), **grads.tensors}
-        x_gradient = grads.x.to(gradient.dtype)
-        if "strength" in parts:
-            x_gradient = torch.lerp(gradient, x_gradient, parts["strength"].to(gradient.dtype))
-        return x_gradient, [by_name.get(name) for name in self.names]
+        blocks, rule, rows, whole = self._arrange(x, tensors)
+        results = run(_backward, rule, (blocks.cut(gradient), blocks.cut(x), *rows), whole)
+        x_gradient, *row_gradients = results.rows
+        assert x_gradient is not None
+        found = dict(zip((*rule.rows, *rule.whole), (*row_gradients, *results.whole), strict=True))
+        own = {name: found[name] for name in self.names}
+        for name, tensor in zip(self.names, tensors, strict=True):
+            gradient_part = own[name]
+            if gradient_part is not None and name not in Affine._fields and tensor.shape == x.shape:
+                own[name] = blocks.join(gradient_part)
+        return blocks.join(x_gradient), self.finished(tuple(x.shape), tensors, tuple(own.values()))
+
+    def finished(
+        self, shape: Shape, tensors: tuple[Tensor, ...], gradients: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Gradients of the named tensors for an input of this shape, scaled as the estimator wants it."""
+        if not self.quantizes:
+            return []
+        scale_shape = tuple(tensors[0].shape) if self.names[:1] == ("scale",) else ()
+        factor = self.estimator.gradient_scale(self.format, shape, scale_shape)
+        return [
+            None if found is None else found.reshape(tensor.shape) * (factor if name in Affine._fields else 1.0)
+            for name, tensor, found in zip(self.names, tensors, gradients, strict=True)
+        ]
+
+    def _arrange(self, x: Tensor, tensors: tuple[Tensor, ...]) -> "tuple[Blocks, Rule, tuple[Tensor, ...], Tensors]":
+        """Everything but x in the block view, split into what goes along with its rows and what does not."""
+        named = dict(zip(self.names, tensors, strict=True))
+        stored = self.stored(tensors)._asdict()
+        scale = stored["scale"]
+        blocks = Blocks(x, self.format, None if scale is None else tuple(scale.shape))
+        rows: dict[str, Tensor] = {}
+        whole: dict[str, Tensor] = {}
+        for name, tensor in named.items():
+            part = stored.get(name)
+            if part is not None:
+                view, is_aligned = part.reshape(blocks.scale_view), True
+            else:
+                view, is_aligned = (tensor.detach(), False) if name == STRENGTH else blocks.align(tensor)
+            (rows if is_aligned and len(view) == blocks.view[0] != 1 else whole)[name] = view
+        rule = Rule(self.format.grid, self.estimator, tuple(rows), tuple(whole))
+        return blocks, rule, tuple(rows.values()), tuple(whole.values())
 
 
-def _forward(x: Tensor, parts: dict[str, Tensor], fmt: Format, estimator: Estimator) -> Tensor:
-    affine, tensors = _split(parts)
-    return estimator.forward(x, fmt.stored(affine), fmt, tensors)
+class Blocks:
+    """The block view of a tensor: its shape with neighbouring dimensions merged that share a scale, or do not.
+
+    Args:
+        x: the tensor [...].
+        fmt: its granularity says how blocks are cut.
+        scale_shape: of its scale; None where the format has none.
+
+    Attributes:
+        view: the shape to work in; the first dimension is the one along which the work may be cut into pieces.
+        scale_view: the shape of the scale that broadcasts against it.
+    """
+
+    def __init__(self, x: Tensor, fmt: Format, scale_shape: Shape | None):
+        self._shape, self._scale_shape, self._granularity = tuple(x.shape), scale_shape, fmt.granularity
+        arranged = fmt.granularity.arrange(x)
+        self._order: tuple[int, ...] | None = None
+        if scale_shape is None or prod(scale_shape) == 1:
+            # One scale for all: the order of the dimensions is free, and that of the memory is the fastest.
+            self._order = _memory_order(arranged)
+            arranged = arranged.permute(self._order)
+        self._arranged_shape = tuple(arranged.shape)
+        tensor_view, scale_view = block_view(self._arranged_shape, scale_shape or (1,))
+        merged: list[tuple[int, int]] = []
+        for size, pieces in zip(tensor_view, scale_view, strict=True):
+            if merged and (merged[-1][1] == 1) == (pieces == 1):
+                merged[-1] = (merged[-1][0] * size, merged[-1][1] * pieces)
+            elif size != 1 or not merged:
+                merged.append((size, pieces))
+        if len(merged) == 1 and len(tensor_view) > 1:
+            # One scale for all: rows are as good a piece as any.
+            last = tensor_view[-1]
+            merged = [(merged[0][0] // max(1, last), 1), (last, 1)] if merged[0][1] == 1 else merged
+        self.view = tuple(size for size, _ in merged)
+        self.scale_view = tuple(pieces for _, pieces in merged)
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """A tensor of x's shape in the view."""
+        arranged = self._granularity.arrange(tensor.detach())
+        return (arranged if self._order is None else arranged.permute(self._order)).reshape(self.view)
+
+    def align(self, tensor: Tensor) -> tuple[Tensor, bool]:
+        """A tensor of the input's or the scale's shape in the view, and true; any other as it is, and false."""
+        if tensor.shape == self._shape:
+            return self.cut(tensor), True
+        if tensor.shape == self._scale_shape:
+            return tensor.detach().reshape(self.scale_view), True
+        return tensor.detach(), False
+
+    def join(self, tensor: Tensor) -> Tensor:
+        """Back from the view."""
+        arranged = tensor.reshape(self._arranged_shape)
+        if self._order is not None:
+            arranged = arranged.permute([self._order.index(dim) for dim in range(len(self._order))])
+        return self._granularity.restore(arranged, self._shape)
 
 
-def _backward(gradient: Tensor, x: Tensor, parts: dict[str, Tensor], fmt: Format, estimator: Estimator) -> Gradients:
-    affine, tensors = _split(parts)
-    return estimator.backward(gradient, x, fmt.stored(affine), fmt, tensors)
+def _memory_order(x: Tensor) -> tuple[int, ...]:
+    """The dimensions from the one whose elements lie furthest apart to the one whose elements are neighbours."""
+    if torch.compiler.is_compiling() or x.is_contiguous():
+        return tuple(range(x.dim()))
+    return tuple(sorted(range(x.dim()), key=x.stride, reverse=True))
 
 
-def _split(parts: dict[str, Tensor]) -> tuple[Affine, dict[str, Tensor]]:
-    names = Affine._fields
-    affine = Affine(*(parts.get(name) for name in names))
-    return affine, {name: part for name, part in parts.items() if name not in names and name != "strength"}
+@dataclass(frozen=True)
+class Rule:
+    """What a kernel is compiled for.
+
+    Attributes:
+        grid, estimator: of the operand.
+        rows, whole: names of the tensors that go along with the rows of x, and of those that every piece needs.
+    """
+
+    grid: Grid
+    estimator: Estimator
+    rows: tuple[str, ...]
+    whole: tuple[str, ...]
+
+    def named(self, rows: tuple[Tensor, ...], whole: Tensors) -> tuple[Affine, dict[str, Tensor], Tensor | None]:
+        """Affine parameters, own tensors of the estimator, and strength."""
+        tensors: dict[str, Any] = dict(zip((*self.rows, *self.whole), (*rows, *whole), strict=True))
+        affine = Affine(*[tensors.pop(name, None) for name in Affine._fields])
+        return affine, tensors, tensors.pop(STRENGTH, None)
 
 
-def _flatten(operand: Operand | None) -> tuple[tuple[str, ...], list[Tensor]]:
-    if operand is None:
-        return (), []
-    parts = {**operand.affine._asdict(), "strength": operand.strength, **operand.tensors}
-    present = {name: tensor for name, tensor in parts.items() if tensor is not None}
-    return tuple(present), list(present.values())
+def _forward(rule: Rule, rows: tuple[Tensor, ...], whole: Tensors) -> Results:
+    x, *others = rows
+    affine, tensors, strength = rule.named(tuple(others), whole)
+    values = rule.estimator.forward(x, affine, rule.grid, tensors)
+    if strength is not None:
+        values = x + strength * (values - x)
+    return Results((values.to(x.dtype),))
+
+
+def _backward(rule: Rule, rows: tuple[Tensor, ...], whole: Tensors) -> Results:
+    gradient, x, *others = rows
+    affine, tensors, strength = rule.named(tuple(others), whole)
+    passing = gradient if strength is None else gradient * strength
+    found = rule.estimator.backward(passing, x, affine, rule.grid, tensors)
+    x_gradient = found.x if strength is None else found.x + (gradient - passing)
+    by_name: dict[str, Tensor | None] = {**found.affine._asdict(), **found.tensors}
+    return Results(
+        (x_gradient.to(gradient.dtype), *[by_name.get(name) for name in rule.rows]),
+        tuple([by_name.get(name) for name in rule.whole]),
+    )
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, fixed: _Fixed, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, fixed: Quantization, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(x, *tensors)
         ctx.fixed = fixed
         return fixed.forward(x, tensors)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         x, *tensors = ctx.saved_tensors
         x_gradient, rest = ctx.fixed.backward(gradient, x, tuple(tensors))
         return x_gradient, None, *rest
@@ -147,13 +309,14 @@ class _QuantizedOperation(torch.autograd.Function):
         operation, x_fixed, weight_fixed = fixed
         count = len(x_fixed.names)
         ctx.save_for_backward(x, weight, *tensors)
-        ctx.fixed, ctx.has_bias = fixed, bias is not None
-        return operation.forward(  # type: ignore[no-any-return]
+        ctx.fixed = fixed
+        y: Tensor = operation.forward(
             x_fixed.forward(x, tensors[:count]), weight_fixed.forward(weight, tensors[count:]), bias
         )
+        return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         operation, x_fixed, weight_fixed = ctx.fixed
         x, weight, *tensors = ctx.saved_tensors
         count = len(x_fixed.names)
@@ -161,16 +324,21 @@ class _QuantizedOperation(torch.autograd.Function):
         needs_x = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[4 : 4 + count])
         needs_weight = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[4 + count :])
         dtype = gradient.dtype
-        x_gradient, weight_gradient, bias_gradient = operation.backward(
-            gradient,
-            x_fixed.forward(x, x_tensors).to(dtype),
-            weight_fixed.forward(weight, weight_tensors).to(dtype),
-            (needs_x, needs_weight, ctx.has_bias and ctx.needs_input_grad[2]),
-        )
         x_rest: list[Tensor | None] = [None] * count
         weight_rest: list[Tensor | None] = [None] * len(weight_tensors)
+        with torch.autocast(gradient.device.type, enabled=False):
+            x_gradient, weight_gradient, bias_gradient = operation.backward(
+                gradient,
+                x_fixed.forward(x, x_tensors).to(dtype) if needs_weight else x.to(dtype),
+                weight_fixed.forward(weight, weight_tensors).to(dtype) if needs_x else weight.to(dtype),
+                (needs_x, needs_weight, ctx.needs_input_grad[2]),
+            )
         if x_gradient is not None:
             x_gradient, x_rest = x_fixed.backward(x_gradient, x, x_tensors)
         if weight_gradient is not None:
             weight_gradient, weight_rest = weight_fixed.backward(weight_gradient, weight, weight_tensors)
         return x_gradient, weight_gradient, bias_gradient, None, *x_rest, *weight_rest
+
+
+_fake_quantize: Callable[..., Tensor] = _FakeQuantize.apply
+_quantized_operation: Callable[..., Tensor] = _QuantizedOperation.apply

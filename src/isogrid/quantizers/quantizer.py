@@ -1,9 +1,11 @@
 """The quantizer: format + range + estimator, with the state that training changes."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from isogrid.errors import NotCalibratedError, PlanError
 from isogrid.formats import Affine, Format, Quantized
@@ -33,26 +35,32 @@ class Quantizer(nn.Module):
 
     Attributes:
         raw_scale: float32 in the format's scale shape; a parameter when learned. Read `scale` instead.
-        zero_point, offset: float32 buffers in the same shape, where the format has them.
+        zero_point, offset: float32 in the same shape, where the format has them; parameters when learned and the
+            estimator gives them a gradient, else buffers.
+        tensors: module with the estimator's own tensors, parameters where it learns them, else buffers.
         calibrated: bool buffer [1].
         strength: float32 buffer [1]: how much of the quantisation error is applied, 1 outside a ramp.
-        enabled, observing, range_is_frozen: what the next forward does; the schedule sets them.
+        enabled, observing, ramping, range_is_frozen: what the next forward does; the schedule sets them.
 
-    Everything is created here, at least one-dimensional, and found by optimizers, checkpoints and FSDP2.
+    Everything is created here, at least one-dimensional, and found by optimizers, checkpoints and FSDP2. It stays
+    float32 where the model is cast to half precision.
 
     >>> from isogrid.formats import named_format
     >>> from isogrid.quantizers import LSQ, AbsMax
-    >>> weight = torch.tensor([[0.5, -1.0], [7.0, 3.0]])
+    >>> weight = torch.tensor([[0.4, -1.0], [7.0, 3.0]])
     >>> quantizer = Quantizer(named_format("int4/channel"), (2, 2), AbsMax(), LSQ(), "learned")
     >>> quantizer.fit(weight)
     >>> quantizer(weight)
-    tensor([[ 0.5714, -1.0000],
+    tensor([[ 0.4286, -1.0000],
             [ 7.0000,  3.0000]], grad_fn=<_FakeQuantizeBackward>)
     """
 
+    raw_scale: Tensor
+    starting_scale: Tensor
+    zero_point: Tensor | None
+    offset: Tensor | None
     calibrated: Tensor
     strength: Tensor
-    starting_scale: Tensor
 
     def __init__(
         self,
@@ -70,18 +78,17 @@ class Quantizer(nn.Module):
             raise PlanError(f"{fmt} has no scale that could be {scale_rule}.")
         self.format, self.range, self.estimator, self.scale_rule = fmt, range, estimator, scale_rule
         scale_shape = fmt.scale_shape(shape)
-        scale = torch.ones(scale_shape)
-        if scale_rule == "learned":
-            self.raw_scale = nn.Parameter(scale)
-        else:
-            self.register_buffer("raw_scale", scale)
-        self.register_buffer("starting_scale", scale.clone())
-        self.register_buffer("zero_point", torch.zeros(scale_shape) if fmt.zero_point is not None else None)
-        self.register_buffer("offset", torch.zeros(scale_shape) if fmt.offset is not None else None)
+        learned = estimator.learns if scale_rule == "learned" else frozenset()
+        _register(self, "raw_scale", torch.ones(scale_shape), "scale" in learned)
+        _register(self, "zero_point", torch.zeros(scale_shape) if fmt.zero_point else None, "zero_point" in learned)
+        _register(self, "offset", torch.zeros(scale_shape) if fmt.offset else None, "offset" in learned)
+        self.register_buffer("starting_scale", torch.ones(scale_shape))
         self.register_buffer("calibrated", torch.zeros(1, dtype=torch.bool))
         self.register_buffer("strength", torch.ones(1))
-        self.tensors = nn.ParameterDict(estimator.tensors(fmt, shape))
-        self.observer = Observer() if observes and scale_rule != "dynamic" else None
+        self.tensors = nn.Module()
+        for name, tensor in estimator.tensors(fmt, shape).items():
+            _register(self.tensors, name, tensor, name in estimator.learns)
+        self.observer = Observer.for_range(range) if observes and scale_rule != "dynamic" else None
         self.enabled, self.observing, self.ramping, self.range_is_frozen = True, False, False, False
         self._is_calibrated = scale_rule == "dynamic" or fmt.scale is None
 
@@ -90,7 +97,7 @@ class Quantizer(nn.Module):
         """The scale in use, float32, always positive: a learned one is kept above a small share of its start."""
         if self.scale_rule != "learned":
             return self.raw_scale
-        return _FloorStraightThrough.apply(self.raw_scale, self.starting_scale * SMALLEST_SHARE)  # type: ignore[no-any-return]
+        return _floor(self.raw_scale.to(torch.float32), self.starting_scale * SMALLEST_SHARE)
 
     @property
     def is_calibrated(self) -> bool:
@@ -121,17 +128,21 @@ class Quantizer(nn.Module):
                 "or let a Schedule with an observe phase do it."
             )
         strength = self.strength if self.ramping else None
-        return Operand(self.format, self.estimator, self.affine(x), dict(self.tensors), strength, on_grid)
+        return Operand(self.format, self.estimator, self.affine(x), self._tensors(x), strength, on_grid)
+
+    @property
+    def follows(self) -> bool:
+        """Whether the range moves with what flows through at this moment."""
+        return self.scale_rule == "moving" and self.training and self.enabled and not self.range_is_frozen
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Let the observer see a tensor, while observing; a moving range also follows it in training."""
         if self.observer is None:
             return
-        follows = self.scale_rule == "moving" and self.training and self.enabled and not self.range_is_frozen
-        if self.observing or follows:
-            self.observer.observe(x.detach())
-        if follows:
+        if self.observing or self.follows:
+            self.observer.observe(x)
+        if self.follows:
             self.set_affine(self.observer.affine(self.format, self.range))
 
     def affine(self, x: Tensor | None = None) -> Affine:
@@ -143,8 +154,10 @@ class Quantizer(nn.Module):
                 return self._fitted(x)
         if self.format.scale is None:
             return Affine(None)
-        scale = self.scale.detach() if self.range_is_frozen else self.scale
-        return Affine(scale, self.zero_point, self.offset)
+        affine = Affine(self.scale, self.zero_point, self.offset)
+        if not self.range_is_frozen:
+            return affine
+        return Affine(*[None if part is None else part.detach() for part in affine])
 
     def stored(self) -> Affine:
         """Scale, zero point and offset as the artefact stores them, float32, detached."""
@@ -156,30 +169,36 @@ class Quantizer(nn.Module):
         if not self._is_calibrated:
             raise NotCalibratedError("A quantizer without a range has no codes. Run isogrid.calibrate(model, batches).")
         with torch.no_grad():
-            return self.format.quantize(x, *self.affine(x))
+            affine = self.affine(x)
+            if not self.estimator.rounds_to_nearest:
+                # Rounded already, by a rule of the estimator's own: the nearest value of the grid is the value itself.
+                x = fake_quantize(x, Operand(self.format, self.estimator, affine, self._tensors(x)))
+            return self.format.quantize(x, *affine)
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
         """Choose the range from one tensor, a weight."""
         if self.scale_rule != "dynamic" and self.format.scale is not None:
             self.set_affine(self._fitted(x))
+        for name, value in self.estimator.initialize(x.detach(), self.affine(x), self.format).items():
+            _assign(getattr(self.tensors, name), value)
 
     @torch.no_grad()
     def fit_observed(self) -> None:
-        """Choose the range from what the observer has seen; raises NotCalibratedError if that is nothing."""
+        """Choose the range from what the observers of all ranks have seen; raises NotCalibratedError if nothing."""
         if self.observer is not None and self.format.scale is not None:
+            self.observer.synchronize()
             self.set_affine(self.observer.affine(self.format, self.range))
 
     @torch.no_grad()
     def set_affine(self, affine: Affine) -> None:
         """Take over scale, zero point and offset; they count as calibrated from here on."""
-        assert affine.scale is not None
-        scale = affine.scale.reshape(self.raw_scale.shape)
-        self.raw_scale.copy_(scale)
-        self.starting_scale.copy_(scale)
-        for buffer, part in ((self.zero_point, affine.zero_point), (self.offset, affine.offset)):
-            if buffer is not None and part is not None:
-                buffer.copy_(part.reshape(buffer.shape))
+        targets = (self.raw_scale, self.zero_point, self.offset)
+        for target, part in zip(targets, affine, strict=True):
+            if target is not None and part is not None:
+                _assign(target, part)
+        if affine.scale is not None:
+            _assign(self.starting_scale, affine.scale)
         self.calibrated.fill_(True)
         self._is_calibrated = True
 
@@ -191,13 +210,27 @@ class Quantizer(nn.Module):
         rows = blocks(self.format.granularity.arrange(x.detach()).to(torch.float32), scale_shape)
         return self.range.fit(rows, self.format).reshape(scale_shape)
 
+    def _tensors(self, x: Tensor) -> dict[str, Tensor]:
+        own = dict(self.tensors.named_parameters()) | dict(self.tensors.named_buffers())
+        return own | self.estimator.draw(x) if self.training else own
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}calibrated" in state_dict:
             self._is_calibrated = self._is_calibrated or bool(self.calibrated.all())
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantizer":
+        """Follow the model to another device, but keep float32 where it is cast to half precision."""
 
-class _FloorStraightThrough(torch.autograd.Function):
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class _Floor(torch.autograd.Function):
     """Values kept above a floor, the gradient passing as if they were not, so that a scale can climb back."""
 
     @staticmethod
@@ -205,5 +238,23 @@ class _FloorStraightThrough(torch.autograd.Function):
         return torch.maximum(x, floor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         return gradient, None
+
+
+_floor: Callable[..., Tensor] = _Floor.apply
+
+
+def _register(module: nn.Module, name: str, tensor: Tensor | None, learned: bool) -> None:
+    if learned and tensor is not None:
+        module.register_parameter(name, nn.Parameter(tensor))
+    else:
+        module.register_buffer(name, tensor)
+
+
+def _assign(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded."""
+    value = value.reshape(target.shape).to(target.dtype)
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value, target.device_mesh, target.placements)
+    target.copy_(value)

@@ -59,7 +59,8 @@ def positive(affine: Affine, fmt: Format) -> Affine:
         others = torch.where(scale > 0, scale, torch.inf).amin()
         substitute = torch.where(others.isinf(), substitute, others)
     scale = torch.where(scale == 0, substitute, scale)
-    extent = max(fmt.grid.highest - fmt.grid.lowest, 1.0)
+    ends = abs(fmt.grid.lowest), abs(fmt.grid.highest)
+    extent = max(1.0, max(ends) if fmt.is_symmetric else sum(ends))
     return affine._replace(scale=scale.clamp(_smallest_stored(fmt), LARGEST / extent))
 
 

@@ -20,7 +20,7 @@ SMALLEST_EXPONENT = -100
 class Observer(nn.Module):
     """Extremes, their moving average, and a histogram of every tensor it is shown.
 
-    The histogram covers `[-2**exponent, 2**exponent)` with bins of equal width. When a value lies beyond, the reach
+    The histogram covers `-2**exponent .. 2**exponent` with bins of equal width. When a value lies beyond, the reach
     doubles until it holds the value, and neighbouring bins become one. Bin edges being dyadic, and counts
     integers, the outcome is exact: the same bits in whatever order and batches the data comes, on any
     device. Exact zeros (after a ReLU, in padding) are counted apart.
@@ -112,7 +112,8 @@ class Observer(nn.Module):
         self.lowest.copy_(torch.minimum(self.lowest, lowest))
         self.highest.copy_(torch.maximum(self.highest, highest))
         if self.bins:
-            self.widen(torch.frexp(extremes.abs().amax()[None]).exponent)
+            largest = extremes.abs().amax()[None]
+            self.widen(torch.where(largest == 0, SMALLEST_EXPONENT, torch.frexp(largest).exponent))
             self.counts[1] += self._histogram(x.detach())
 
     @torch.no_grad()
@@ -179,12 +180,14 @@ class Observer(nn.Module):
 
     def _histogram(self, x: Tensor) -> Tensor:
         """Counts int64 [bins + 1] of values within reach, zeros last."""
-        # A power of two times a float32 is exact, and so is its floor: no value lands in a neighbour's bin.
+        # A power of two times a float32 is exact, or so small that it becomes 0 either way: no value lands in a
+        # neighbour's bin. Conversion to integers cuts towards zero, so negative values count down from half - 1.
         per_unit = _power_of_two(int(log2(self.bins)) - 1 - self.exponent)
         half = self.bins // 2
         counts = torch.zeros_like(self.counts[0])
         for values in torch.split(x.reshape(-1), PIECE.get(x.device.type, PIECE["cuda"])):
-            index = (values.to(torch.float32) * per_unit).floor_().add_(half).to(torch.int32)
+            values = values.to(torch.float32)
+            index = (values * per_unit).to(torch.int32).add_(half).sub_((values < 0).to(torch.int32))
             counts += torch.bincount(index, minlength=self.bins + 1)
             zeros = values.numel() - torch.count_nonzero(values)
             counts[half] -= zeros
@@ -192,7 +195,7 @@ class Observer(nn.Module):
         return counts
 
     def widen(self, exponent: Tensor) -> None:
-        """Double the histogram's reach until it is at least 2**exponent (int32 []), neighbouring bins becoming one."""
+        """Double the histogram's reach until it is at least 2**exponent (int32 [1]), neighbouring bins becoming one."""
         doublings = (exponent - self.exponent).clamp(min=0)
         self.exponent += doublings
         half = self.bins // 2

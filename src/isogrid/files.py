@@ -14,8 +14,17 @@ from isogrid.errors import CheckpointError
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file beside the path, flush it to disk and rename it; a failure changes nothing.
 
+    Args:
+        path: of the file; its folder is made if missing.
+        write: called with the path of the temporary file.
+
     Raises:
         CheckpointError: the file cannot be written; what was there is untouched.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_whole(Path(folder) / "new" / "greeting.txt", lambda path: path.write_text("hello"))
+    ...     (Path(folder) / "new" / "greeting.txt").read_text()
+    'hello'
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,12 +37,23 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        rename(temporary, path)
     except Exception as error:
         # safetensors reports a full disk as an error of its own, so the kind of exception says little here.
         raise CheckpointError(f"Cannot write {path}: {error}. What was there before is untouched.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give a file another name in its folder, lasting also if the power fails in the next moment."""
+    source.replace(target)
+    if os.name == "posix":
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -1,5 +1,6 @@
 """Activation rules of runtimes that quantise what flows, as they come to it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ class RuntimeRule:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] as the runtime reads it; the gradient passes unchanged, for nothing is clipped."""
-        return _Rule.apply(x, self.block)  # type: ignore[no-any-return]
+        return _apply(x, self.block)
 
 
 def rule_of(weight_format: Format) -> RuntimeRule:
@@ -40,9 +41,12 @@ class _Rule(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: int) -> Tensor:
         codes, scale = reciprocal_int8(x, block)
-        values = codes.unflatten(-1, (-1, block)).to(torch.float32) * scale.unsqueeze(-1)
+        values = codes.reshape(*scale.shape, block) * scale.unsqueeze(-1)
         return values.flatten(-2).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         return gradient, None
+
+
+_apply: Callable[..., Tensor] = _Rule.apply

@@ -18,6 +18,9 @@ BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 SMALLEST_SCALE = 2.0**-64
 """Folded scales stay above this, far from where float32 loses precision."""
 
+LARGEST_GROWTH = 2.0**64
+"""No weight has codes other than 0 at a scale that is larger by this, and products with it stay finite."""
+
 
 class Folded(NamedTuple):
     """What deployment uses instead of batch norm; float32 [channels].
@@ -69,5 +72,5 @@ def fold(weight_scale: Tensor, input_scale: Tensor, bias: Tensor | None, batch_n
     sign = torch.where(factor < 0, -1.0, 1.0)
     scale = weight_scale.detach() * factor.abs()
     smallest = smallest_weight_scale(shift, input_scale.detach()).clamp(min=SMALLEST_SCALE)
-    growth = torch.where(scale < smallest, smallest / scale, 1.0)
+    growth = torch.where(scale < smallest, smallest / scale, 1.0).clamp(max=LARGEST_GROWTH)
     return Folded(sign * growth, torch.maximum(scale, smallest), shift)

@@ -169,12 +169,20 @@ class IntegerAdd(IntegerSite):
 
     def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
         a, b = args[:2]
-        if a.dim() < b.dim() or (a.dim() == b.dim() and a.numel() < b.numel()):
-            (a, first), (b, second) = (b, "input1"), (a, "input0")
-        else:
-            first, second = "input0", "input1"
+        first, second = self.names
+        if is_broadcast(a, b):
+            (a, first), (b, second) = (b, second), (a, first)
         operands = (self.quantized(first, a), *self.grid(first), self.quantized(second, b), *self.grid(second))
         return self.dequantized("output", ops.static_add(*operands, *self.grid("output"), *self.limits["output"]))
+
+
+def is_broadcast(a: Tensor, b: Tensor) -> bool:
+    """Whether a must grow to add b, so that kernels, which let their second operand grow, take them the other way.
+
+    >>> is_broadcast(torch.zeros(4), torch.zeros(2, 4))
+    True
+    """
+    return a.dim() < b.dim() or (a.dim() == b.dim() and a.numel() < b.numel())
 
 
 class IntegerAveragePool(IntegerSite):
@@ -247,5 +255,5 @@ class IntegerEmbedding(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         codes, scale = F.embedding(input, self.weight), F.embedding(input, self.weight_scale)
-        groups = codes.unflatten(-1, (scale.shape[-1], -1)).to(torch.float32)
+        groups = codes.reshape(*scale.shape, -1).to(torch.float32)
         return (groups * scale.unsqueeze(-1)).flatten(-2)

@@ -5,8 +5,8 @@ a kind is the site of that name: `add`, `add_1`, ... Layers and scopes further i
 insides, so that a call belongs to exactly one module. Nothing is traced: data-dependent Python stays as it is.
 """
 
-import types
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,31 @@ OPERATION_KINDS: dict[Callable[..., Any], str] = {
 }
 """The torch functions that can be sites, and what kind of site each is."""
 
+WRITING = frozenset({Tensor.add_, Tensor.__iadd__, F.relu_, torch.relu_, Tensor.relu_})
+"""Those that write their result into their first argument."""
+
+TENSORS_OF_KIND = {"add": ("input", "other"), "concat": ("tensors",)}
+"""The names of the tensors that a kind takes, where they are more than `input`."""
+
+CONSTRUCTORS = frozenset(
+    {
+        torch.arange,
+        torch.as_tensor,
+        torch.empty,
+        torch.eye,
+        torch.full,
+        torch.linspace,
+        torch.ones,
+        torch.rand,
+        torch.randint,
+        torch.randn,
+        torch.randperm,
+        torch.tensor,
+        torch.zeros,
+    }
+)
+"""Functions that make tensors from nothing; modes further out, such as a default device, must see them."""
+
 SCOPE_NAME = "operations"
 """The attribute of a prepared module that holds the sites of its forward."""
 
@@ -43,12 +68,30 @@ class OperationScope(nn.Module):
         self.sites = nn.ModuleDict(sites)
         self.skipped = frozenset(skipped)
 
-    def forward(self, x: Any) -> Any:
-        """x itself: nn.Sequential calls all of its children, this one too."""
-        return x
-
     def extra_repr(self) -> str:
         return f"done by the layer before: {', '.join(sorted(self.skipped))}" if self.skipped else ""
+
+
+class ScopedForward:
+    """The forward of a module that has a scope: its class's own, seen by the scope.
+
+    Args:
+        module: whose forward it is.
+        scope: the sites of its calls.
+    """
+
+    def __init__(self, module: nn.Module, scope: OperationScope):
+        self.module, self.scope = module, scope
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _Calls(self.scope):
+            return type(self.module).forward(self.module, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the class's own forward: trainers look at it to know which columns a model takes."""
+        signature = inspect.signature(type(self.module).forward)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 class _Calls(TorchFunctionMode):
@@ -61,17 +104,24 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        kind = OPERATION_KINDS.get(func)
-        if kind is None:
-            with torch._C.DisableTorchFunction():
-                return func(*args, **kwargs)
-        name = site_name(kind, self.counts)
-        with torch._C.DisableTorchFunction():
-            if name in self.scope.skipped:
-                return args[0]
-            if name in self.scope.sites:
-                return self.scope.sites[name](func, *args, **kwargs)
+        if func in CONSTRUCTORS:
             return func(*args, **kwargs)
+        kind = OPERATION_KINDS.get(func)
+        with torch._C.DisableTorchFunction():
+            return func(*args, **kwargs) if kind is None else self._call(kind, func, args, kwargs)
+
+    def _call(self, kind: str, func: Any, args: Any, kwargs: Any) -> Any:
+        name = site_name(kind, self.counts)
+        args, kwargs = tensors_first(kind, args, kwargs)
+        if name in self.scope.skipped:
+            return args[0]
+        if name not in self.scope.sites:
+            return func(*args, **kwargs)
+        site: Any = self.scope.sites[name]
+        if not writes_input(func, kwargs):
+            return site(func, *args, **kwargs)
+        # Whoever holds the tensor must find the result in it. A site may save its input for backward, hence the clone.
+        return args[0].copy_(site(func, args[0].clone(), *args[1:], **kwargs))
 
 
 def site_name(kind: str, counts: dict[str, int]) -> str:
@@ -86,17 +136,48 @@ def site_name(kind: str, counts: dict[str, int]) -> str:
     return f"{kind}_{count}" if count else kind
 
 
-def open_scope(module: nn.Module, scope: OperationScope) -> None:
-    """Let a module's forward run inside a scope, which becomes its child `operations`."""
-    if hasattr(module, SCOPE_NAME):
+def tensors_first(kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with the operation's tensors in front, also where the caller gave them by name.
+
+    >>> tensors_first("add", (1,), {"other": 2, "alpha": 3})
+    ((1, 2), {'alpha': 3})
+    """
+    names = TENSORS_OF_KIND.get(kind, ("input",))[len(args) :]
+    rest = dict(kwargs)
+    return (*args, *(rest.pop(name) for name in names if name in rest)), rest
+
+
+def writes_input(func: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call writes its result into its first argument."""
+    return func in WRITING or bool(kwargs.get("inplace", False))
+
+
+def is_container(module: nn.Module) -> bool:
+    """Whether the children of a module are its layers, so that a child more would be a layer more."""
+    return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+
+
+def check_scope(module: nn.Module, has_sites: bool) -> None:
+    """Raise CaptureError where `open_scope` could not do its work."""
+    if has_sites and hasattr(module, SCOPE_NAME):
         raise CaptureError(
             f"{type(module).__name__} already has an attribute {SCOPE_NAME!r}, the name under which Isogrid keeps the "
             "quantisers of a forward. Rename the attribute."
         )
-    module.add_module(SCOPE_NAME, scope)
-    module.forward = types.MethodType(_scoped_forward, module)
+    if "forward" in vars(module):
+        raise CaptureError(
+            f"The forward of a {type(module).__name__} was replaced on the instance, and Isogrid has to wrap the one "
+            "of the class. Take the patch off, or put it into a subclass."
+        )
 
 
-def _scoped_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    with _Calls(getattr(self, SCOPE_NAME)):
-        return type(self).forward(self, *args, **kwargs)
+def open_scope(module: nn.Module, scope: OperationScope) -> None:
+    """Let a module's forward run inside a scope, which becomes its child `operations` if it has sites.
+
+    Raises:
+        CaptureError: the module has an attribute of this name, or a forward that is not its class's.
+    """
+    check_scope(module, has_sites=len(scope.sites) > 0)
+    if len(scope.sites):
+        module.add_module(SCOPE_NAME, scope.train(module.training))
+    module.forward = ScopedForward(module, scope)

@@ -3,7 +3,7 @@
 Each is a module that its operation scope calls instead of the torch function, with the same arguments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isogrid.layers import arithmetic
-from isogrid.layers.integer import IntegerAdd, IntegerAveragePool, IntegerConcat, StaticGrid
+from isogrid.layers.integer import IntegerAdd, IntegerAveragePool, IntegerConcat, StaticGrid, is_broadcast
 from isogrid.layers.layer import static_grid
-from isogrid.layers.pooling import Pooling, pooling_of
+from isogrid.layers.pooling import pooling_of
 from isogrid.layers.static import with_exact_value
 from isogrid.quantizers import Operand, Quantizer, fake_quantize
+
+ExactCodes = Callable[..., Tensor]
 
 
 class QuantizedSite(nn.Module):
@@ -59,8 +61,15 @@ class QuantizedSite(nn.Module):
         """An input on its grid."""
         return x if operand is None or operand.on_grid else fake_quantize(x, operand)
 
-    def finish(self, y: Tensor, operands: Sequence[Operand | None], inputs: Sequence[Tensor]) -> Tensor:
-        """Activation and quantisation of the output; exact integers where all operands are static."""
+    def finish(self, y: Tensor, operands: Sequence[Operand | None], exact_codes: ExactCodes) -> Tensor:
+        """Activation and quantisation of the output.
+
+        Args:
+            y: the operation's float result, which carries the gradient.
+            operands: how the inputs are quantised.
+            exact_codes: computes the output's codes as the runtime does, given the output grid's scale, zero point,
+                lowest and highest code; used where inputs and output are on their grids.
+        """
         y = F.relu(y) if self.activation == "relu" else y
         if self.output_quantizer is None:
             return y
@@ -68,16 +77,14 @@ class QuantizedSite(nn.Module):
         operand = self.output_quantizer.operand(y)
         if operand is None:
             return y
-        ramps = any(o is None or o.strength is not None for o in (*operands, operand))
-        if ramps:
+        if any(o is None or o.strength is not None for o in (*operands, operand)):
             return fake_quantize(y, operand)
+        grid: Any = operand.format.grid
         with torch.no_grad():
-            units = self.exact_units(inputs, [o for o in operands if o is not None], operand)
+            codes = exact_codes(*_grid(operand), grid.low, grid.high)
+            units = grid.decode(codes, operand.affine.zero_point)
+            units = units.clamp(min=0.0) if self.activation == "relu" else units
         return with_exact_value(y, units, operand)
-
-    def exact_units(self, inputs: Sequence[Tensor], operands: Sequence[Operand], output: Operand) -> Tensor:
-        """Code - zero point of the output, float32, by the runtime's rule."""
-        raise NotImplementedError
 
     def to_integer(self) -> nn.Module:
         """The site that computes on codes."""
@@ -89,10 +96,6 @@ class QuantizedSite(nn.Module):
         output = static_grid(self.output_quantizer).with_activation(self.activation)
         return [static_grid(quantizer) for quantizer in self.input_quantizers], output
 
-    def _units(self, codes: Tensor, operand: Operand) -> Tensor:
-        units = operand.format.grid.decode(codes, operand.affine.zero_point)
-        return units.clamp(min=0.0) if self.activation == "relu" else units
-
     def extra_repr(self) -> str:
         inputs = ", ".join(str(quantizer.format) for quantizer in self.input_quantizers)
         output = "float" if self.output_quantizer is None else str(self.output_quantizer.format)
@@ -103,40 +106,31 @@ class QuantizedAdd(QuantizedSite):
     """`a + b` on two grids, rounded once to a third."""
 
     def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
-        inputs = args[:2]
-        operands = self.operands(inputs)
-        a, b = (self.quantized(x, operand) for x, operand in zip(inputs, operands, strict=True))
-        return self.finish(a + b, operands, (a, b))
+        operands = self.operands(args[:2])
+        a, b = (self.quantized(x, operand) for x, operand in zip(args[:2], operands, strict=True))
 
-    def exact_units(self, inputs: Sequence[Tensor], operands: Sequence[Operand], output: Operand) -> Tensor:
-        (a_codes, *a_grid), (b_codes, *b_grid) = (stored(x, o) for x, o in zip(inputs, operands, strict=True))
-        codes = arithmetic.add(a_codes, *a_grid, b_codes, *b_grid, *_output(output))
-        return self._units(codes, output)
+        def exact_codes(*output: Any) -> Tensor:
+            codes = [stored(x, operand) for x, operand in zip((a, b), operands, strict=True)]
+            first, second = reversed(codes) if is_broadcast(a, b) else codes
+            return arithmetic.add(*first, *second, *output)
+
+        return self.finish(a + b, operands, exact_codes)
 
     def to_integer(self) -> nn.Module:
         return IntegerAdd(*self.integer_grids())
 
 
 class QuantizedAveragePool(QuantizedSite):
-    """Average pooling, global, adaptive or by windows, and the mean over space.
-
-    Attributes:
-        pooling: the windows of the latest call.
-    """
-
-    pooling: Pooling
+    """Average pooling, global, adaptive or by windows, and the mean over space."""
 
     def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
-        inputs = args[:1]
-        operands = self.operands(inputs)
-        x = self.quantized(inputs[0], operands[0])
-        pooling = pooling_of(function, x, *args[1:], **kwargs)
-        self.pooling = pooling
-        return self.finish(function(x, *args[1:], **kwargs), operands, (x,))
+        operands = self.operands(args[:1])
+        x = self.quantized(args[0], operands[0])
 
-    def exact_units(self, inputs: Sequence[Tensor], operands: Sequence[Operand], output: Operand) -> Tensor:
-        codes, scale, zero_point = stored(inputs[0], operands[0])
-        return self._units(self.pooling.codes(codes, scale, zero_point, *_output(output)), output)
+        def exact_codes(*output: Any) -> Tensor:
+            return pooling_of(function, x, *args[1:], **kwargs).codes(*stored(x, operands[0]), *output)
+
+        return self.finish(function(x, *args[1:], **kwargs), operands, exact_codes)
 
     def to_integer(self) -> nn.Module:
         return IntegerAveragePool(*self.integer_grids())
@@ -154,19 +148,17 @@ class QuantizedConcat(QuantizedSite):
         return IntegerConcat(*self.integer_grids())
 
 
-def stored(x: Tensor, operand: Operand) -> tuple[Tensor, Tensor, Tensor]:
+def stored(x: Tensor, operand: Operand | None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and zero point (of the codes' dtype) of a tensor, as arithmetic functions take them."""
+    assert operand is not None
     grid: Any = operand.format.grid
-    affine = operand.affine
-    assert affine.scale is not None
-    zero_point = torch.zeros_like(affine.scale) if affine.zero_point is None else affine.zero_point
-    scale, zero_point = affine.scale.detach(), zero_point.to(grid.code_dtype)
+    scale, zero_point = _grid(operand)
     return arithmetic.quantize(x, scale, zero_point, grid.low, grid.high), scale, zero_point
 
 
-def _output(operand: Operand) -> tuple[Tensor, Tensor, int, int]:
+def _grid(operand: Operand) -> tuple[Tensor, Tensor]:
     grid: Any = operand.format.grid
-    affine = operand.affine
-    assert affine.scale is not None
-    zero_point = torch.zeros_like(affine.scale) if affine.zero_point is None else affine.zero_point
-    return affine.scale.detach(), zero_point.to(grid.code_dtype), grid.low, grid.high
+    scale, zero_point, _ = operand.affine
+    assert scale is not None
+    zero_point = torch.zeros_like(scale) if zero_point is None else zero_point
+    return scale.detach(), zero_point.detach().to(grid.code_dtype)

@@ -4,9 +4,9 @@ Nothing is traced or compiled: the model runs as it is, once, while a function m
 the run did is a plan's raw material; training never depends on it, except that a site is found again by its name.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,52 +15,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from isogrid.errors import CaptureError
-from isogrid.layers.pooling import averages_space
-from isogrid.layers.scope import OPERATION_KINDS, site_name
-from isogrid.planning.graph import Call, Graph
-
-MODULE_KINDS: dict[type[nn.Module], str] = {
-    nn.Linear: "linear",
-    nn.Conv1d: "convolution",
-    nn.Conv2d: "convolution",
-    nn.Conv3d: "convolution",
-    nn.Embedding: "embedding",
-    nn.BatchNorm1d: "batch_norm",
-    nn.BatchNorm2d: "batch_norm",
-    nn.BatchNorm3d: "batch_norm",
-}
-"""Modules that are one call; a subclass is not its parent, for its forward may do something else."""
-
-MOVING_FUNCTIONS = frozenset(
-    {
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "adaptive_max_pool1d",
-        "adaptive_max_pool2d",
-        "adaptive_max_pool3d",
-        "flatten",
-        "reshape",
-        "view",
-        "permute",
-        "transpose",
-        "swapaxes",
-        "movedim",
-        "squeeze",
-        "unsqueeze",
-        "contiguous",
-        "clone",
-        "expand",
-        "unflatten",
-        "narrow",
-        "select",
-        "chunk",
-        "split",
-        "unbind",
-        "__getitem__",
-    }
+from isogrid.layers.scope import OPERATION_KINDS, is_container, site_name, tensors_first
+from isogrid.planning.classify import (
+    MODULE_KINDS,
+    MOVING_FUNCTIONS,
+    calls_site,
+    has_fast_path,
+    has_own_forward,
+    is_one_call,
+    is_sequential,
+    is_wrapper,
+    why_float,
+    why_module_is_float,
 )
-"""Functions that only move values, so that their output lies on their input's grid."""
+from isogrid.planning.graph import Call, Graph
 
 
 def capture(model: nn.Module, example_inputs: Sequence[Any]) -> Graph:
@@ -71,13 +39,13 @@ def capture(model: nn.Module, example_inputs: Sequence[Any]) -> Graph:
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
     >>> [(call.name, call.kind) for call in capture(model, (torch.zeros(1, 4),)).calls]
-    [('0', 'linear'), ('relu', 'relu')]
+    [('0', 'linear'), ('1.relu', 'relu')]
     """
     recorder = _Recorder(model)
     tensors = [leaf for leaf in tree_leaves(tuple(example_inputs)) if isinstance(leaf, Tensor)]
-    inputs = tuple(recorder.new_value(tensor) for tensor in tensors)
     if any(tensor.numel() == 0 for tensor in tensors):
         raise CaptureError("The example inputs are empty. Give the model at least one example.")
+    inputs = tuple(recorder.new_value(tensor) for tensor in tensors)
     with _evaluating(model), _no_fast_path(), torch.no_grad(), recorder.looking_on():
         try:
             result = model(*example_inputs)
@@ -88,8 +56,18 @@ def capture(model: nn.Module, example_inputs: Sequence[Any]) -> Graph:
             ) from error
     outputs = tuple(recorder.value(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
     if not outputs:
-        raise CaptureError("The model returns no tensor for the example inputs.")
-    return Graph(tuple(recorder.calls), inputs, outputs, recorder.uncalled())
+        raise CaptureError(
+            f"The model returns a {type(result).__name__} with no tensor in it that can be found. "
+            "Return a tensor, or a tuple or dictionary of tensors."
+        )
+    return recorder.graph(inputs, outputs)
+
+
+class _Entry(NamedTuple):
+    """A module that is running, and how often each kind of function was called in its scope."""
+
+    module: nn.Module
+    counts: dict[str, int]
 
 
 class _Recorder(TorchFunctionMode):
@@ -99,37 +77,54 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.model = model
         self.paths = {module: path for path, module in reversed(list(model.named_modules(remove_duplicate=False)))}
-        self.calls: list[Call] = []
-        self._values: dict[int, int] = {}
+        # nn.Sequential has no forward of its own to watch, so that its nn.ReLU and its like are scopes themselves.
+        self._alone = {
+            child for m in model.modules() if is_sequential(m) for child in m.children() if is_wrapper(child)
+        }
+        self._calls: list[Call] = []
+        self._values: dict[int, tuple[int, int]] = {}
         self._alive: list[Tensor] = []
-        self._stack: list[tuple[nn.Module, dict[str, int], tuple[int, ...]]] = []
+        self._stack: list[_Entry] = []
         self._unit: nn.Module | None = None
         self._reached: set[nn.Module] = set()
+        self._units: set[nn.Module] = set()
+
+    def graph(self, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Graph:
+        """All that was written down."""
+        modules = self.paths.items()
+        inside = tuple(f"{self.paths[unit]}." for unit in self._units)
+        return Graph(
+            calls=tuple(self._calls),
+            model_inputs=inputs,
+            model_outputs=outputs,
+            uncalled=tuple(
+                path
+                for path, module in self.model.named_modules()
+                if module not in self._reached
+                and not path.startswith(inside)
+                and next(module.parameters(recurse=False), None) is not None
+            ),
+            scopes=tuple(path for module, path in modules if has_own_forward(module) or self._is_alone(module)),
+            fast_paths=tuple(path for module, path in modules if has_fast_path(module)),
+        )
 
     def new_value(self, tensor: Tensor) -> int:
         """Number a tensor anew: it was just made or written."""
         self._alive.append(tensor)  # keeps Python from giving its id to another tensor
-        self._values[id(tensor)] = len(self._alive) - 1
+        self._values[id(tensor)] = (len(self._alive) - 1, _version(tensor))
         return len(self._alive) - 1
 
     def value(self, tensor: Tensor) -> int:
-        """The number of a tensor; parameters and constants get one when they are first seen."""
-        known = self._values.get(id(tensor))
-        return self.new_value(tensor) if known is None else known
-
-    def uncalled(self) -> tuple[str, ...]:
-        """Modules with parameters of their own that the run did not reach."""
-        return tuple(
-            path
-            for path, module in self.model.named_modules()
-            if module not in self._reached and next(module.parameters(recurse=False), None) is not None
-        )
+        """The number of a tensor; it gets one when it is first seen, and after something unseen has written to it."""
+        number, version = self._values.get(id(tensor), (-1, -1))
+        return number if version == _version(tensor) else self.new_value(tensor)
 
     @contextmanager
     def looking_on(self) -> Iterator[None]:
+        """Record while open."""
         hooks = (
             register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave),
+            register_module_forward_hook(self._leave, with_kwargs=True),
         )
         try:
             with self:
@@ -142,87 +137,93 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._unit is not None:
             return func(*args, **kwargs)
-        inputs = self._numbers((args, kwargs))
-        kind, name = self._classify(func, args, kwargs)
+        before = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = tuple(self.value(tensor) for tensor in before)
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if outputs and inputs:
-            self._record(name, kind, getattr(func, "__name__", str(func)), inputs, outputs)
+        kind, name, reason = self._classify(func, args, kwargs, outputs)
+        # A function may return its argument as it is: Tensor.to, Tensor.contiguous.
+        unchanged = all(any(o is x for x in before) and self._is_current(o) for o in outputs)
+        if outputs and inputs and not unchanged:
+            type_ = getattr(func, "__name__", str(func))
+            self._record(name, kind, type_, inputs, outputs, self._scope().module, reason)
         return result
 
-    def _classify(self, func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[str, str]:
-        """The kind of a function call and its name within its scope."""
+    def _is_current(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._values and self._values[id(tensor)][1] == _version(tensor)
+
+    def _classify(self, func: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor]) -> tuple[str, str, str]:
+        """The kind of a function call, its name within its scope, and why it stays float."""
         function = getattr(func, "__name__", str(func))
         kind = OPERATION_KINDS.get(func)
         if kind is None:
             if "dropout" in function:
-                return "dropout", function
-            return ("pass" if function in MOVING_FUNCTIONS else "float"), function
-        _, counts, _ = self._scope()
-        name = site_name(kind, counts)
-        if kind == "add" and not (_both_tensors(args) and kwargs.get("alpha", 1) == 1):
-            return "float", name
-        if kind == "mean":
-            return ("average_pool" if averages_space(*args, **kwargs) else "float"), name
-        return kind, name
+                return "dropout", function, ""
+            return ("pass" if function in MOVING_FUNCTIONS else "float"), function, ""
+        scope = self._scope()
+        name = site_name(kind, scope.counts)
+        reason = why_float(func, kind, *tensors_first(kind, args, kwargs), outputs[0]) if outputs else ""
+        if not reason and kind != "relu" and is_container(scope.module):
+            reason = f"in the forward of a {type(scope.module).__name__}, whose children are its layers"
+        kind = "average_pool" if kind == "mean" else kind
+        return ("float" if reason else kind), name, reason
 
-    def _scope(self) -> tuple[nn.Module, dict[str, int], tuple[int, ...]]:
+    def _scope(self) -> _Entry:
         """The innermost module that is more than a wrapper around one function, such as nn.ReLU."""
         for entry in reversed(self._stack):
-            if not is_wrapper(entry[0]):
+            if entry.module in self._alone or not is_wrapper(entry.module):
                 return entry
         return self._stack[0]
+
+    def _is_alone(self, module: nn.Module) -> bool:
+        return module in self._alone and calls_site(module)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if module not in self.paths or self._unit is not None:
             return
         self._reached.add(module)
-        self._stack.append((module, {}, self._numbers(args)))
-        if type(module) in MODULE_KINDS or is_opaque(module):
+        self._stack.append(_Entry(module, {}))
+        if is_one_call(module):
             self._unit = module
+            self._units.add(module)
 
-    def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
-        if not self._stack or self._stack[-1][0] is not module:
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        if not self._stack or self._stack[-1].module is not module:
             return
-        _, _, inputs = self._stack.pop()
+        self._stack.pop()
         if self._unit is module:
             self._unit = None
-            outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-            kind = MODULE_KINDS.get(type(module), "float")
-            self._record(self.paths[module], kind, type(module).__name__, inputs, outputs, of_module=True)
+            with torch._C.DisableTorchFunction():
+                self._record_module(module, (args, kwargs), result)
+
+    def _record_module(self, module: nn.Module, arguments: Any, result: Any) -> None:
+        inputs = tuple(self.value(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        reason = why_module_is_float(module, outputs[0]) if outputs else ""
+        kind = "float" if reason else MODULE_KINDS.get(type(module), "float")
+        self._record(None, kind, type(module).__name__, inputs, outputs, module, reason)
 
     def _record(
-        self, name: str, kind: str, type_: str, inputs: tuple[int, ...], outputs: list[Tensor], of_module: bool = False
+        self,
+        name: str | None,
+        kind: str,
+        type_: str,
+        inputs: tuple[int, ...],
+        outputs: Sequence[Tensor],
+        module: nn.Module,
+        reason: str,
     ) -> None:
-        scope = self.paths[self._scope()[0]] if self._stack else ""
-        full_name = name if of_module or not scope else f"{scope}.{name}"
+        """Write down a call: of a function, named within the module that made it, or of a module, without a name."""
+        path = self.paths[module]
+        full_name = path if name is None else f"{path}.{name}".lstrip(".")
         numbers = tuple(self.new_value(tensor) for tensor in outputs)
         shape = tuple(outputs[0].shape) if outputs else ()
-        self.calls.append(Call(full_name, kind, type_, scope, inputs, numbers, shape))
-
-    def _numbers(self, tree: Any) -> tuple[int, ...]:
-        return tuple(self.value(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+        self._calls.append(Call(full_name, kind, type_, path, inputs, numbers, shape, reason))
 
 
-def is_wrapper(module: nn.Module) -> bool:
-    """Whether a module of torch.nn merely calls one function: no children, no parameters, nn.ReLU or nn.MaxPool2d."""
-    return (
-        type(module).__module__.startswith("torch.nn.modules")
-        and next(module.children(), None) is None
-        and next(module.parameters(), None) is None
-    )
-
-
-def is_opaque(module: nn.Module) -> bool:
-    """Whether a module of torch.nn is looked at as one call: it has parameters of its own, such as nn.LayerNorm."""
-    return (
-        type(module).__module__.startswith("torch.nn.modules")
-        and next(module.parameters(recurse=False), None) is not None
-    )
-
-
-def _both_tensors(args: Sequence[Any]) -> bool:
-    return len(args) >= 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor)
+def _version(tensor: Tensor) -> int:
+    """Counts writes to a tensor, through views too."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager

@@ -52,9 +52,12 @@ def _twin(module: nn.Module) -> nn.Module:
         return nn.Identity()
     prepared: Any = module
     twin: nn.Module = prepared.to_integer()
-    # Hooks of the user's go along; names and flags come from where the twin is put.
-    for attribute in ("_forward_hooks", "_forward_pre_hooks"):
-        setattr(twin, attribute, getattr(module, attribute))
+    for name, value in vars(module).items():
+        is_hook = name.startswith(("_forward_hooks", "_forward_pre_hooks"))
+        is_plain = not name.startswith("_") and not hasattr(twin, name) and not isinstance(value, nn.Module)
+        # A user's hooks go along, and attributes such as out_features, which a forward may read.
+        if is_hook or is_plain:
+            setattr(twin, name, value)
     return twin
 
 

@@ -1,11 +1,14 @@
 """What a model does with tensors, seen from outside: calls, in the order they happened, and the values between them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 LAYER_KINDS = frozenset({"linear", "convolution", "embedding"})
 """Calls of modules that have a weight to quantise."""
+
+COMPUTING_KINDS = frozenset({"linear", "convolution", "add", "average_pool"})
+"""Calls that compute with quantised inputs in integer arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Call:
         scope: path of the module whose forward made the call.
         inputs, outputs: values, as numbers.
         shape: of the first output.
+        reason: why the kind is float, where there is more to say than that the type is unknown.
     """
 
     name: str
@@ -29,6 +33,7 @@ class Call:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     shape: tuple[int, ...] = ()
+    reason: str = ""
 
     @property
     def output(self) -> int:
@@ -44,12 +49,24 @@ class Graph:
         calls: in order.
         model_inputs, model_outputs: values that enter and leave the model.
         uncalled: paths of modules with parameters that the run did not reach.
+        scopes: paths of the modules whose forward may call functions that can be sites.
+        fast_paths: paths of modules that PyTorch computes without calling their children, where it sees fit.
     """
 
     calls: tuple[Call, ...]
     model_inputs: tuple[int, ...]
     model_outputs: tuple[int, ...]
-    uncalled: tuple[str, ...] = field(default=())
+    uncalled: tuple[str, ...] = ()
+    scopes: tuple[str, ...] = ()
+    fast_paths: tuple[str, ...] = ()
+
+    @cached_property
+    def by_name(self) -> dict[str, list[Call]]:
+        """The calls of each module or site; several where it is used more than once."""
+        found: dict[str, list[Call]] = {}
+        for call in self.calls:
+            found.setdefault(call.name, []).append(call)
+        return found
 
     @cached_property
     def producer(self) -> dict[int, Call]:
@@ -71,8 +88,8 @@ class Graph:
         return consumers[0] if len(consumers) == 1 and value not in self.model_outputs else None
 
     def calls_of(self, name: str) -> list[Call]:
-        """The calls of one module or site; several where it is used more than once."""
-        return [call for call in self.calls if call.name == name]
+        """The calls of one module or site."""
+        return self.by_name.get(name, [])
 
     def readers(self, value: int) -> Iterator[Call]:
         """The calls that read a value, also after it has passed through calls that only move values."""

@@ -2,20 +2,23 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from isogrid.errors import NonFiniteError, PlanError
 from isogrid.formats import named_format
 from isogrid.layers.batch_norm import AbsorbedBatchNorm, AbsorbedBatchNorm1d, AbsorbedBatchNorm2d, AbsorbedBatchNorm3d
 from isogrid.layers.convolution import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d
-from isogrid.layers.dynamic import rule_of
+from isogrid.layers.dynamic import RuntimeRule, rule_of
 from isogrid.layers.embedding import QuantizedEmbedding
 from isogrid.layers.layer import QuantizedLayer, link, replacement
 from isogrid.layers.linear import QuantizedLinear
-from isogrid.layers.scope import OperationScope, open_scope
+from isogrid.layers.nbits import quantizes_input
+from isogrid.layers.scope import OperationScope, check_scope, open_scope
 from isogrid.layers.sites import QuantizedAdd, QuantizedAveragePool, QuantizedConcat, QuantizedSite
 from isogrid.planning.plan import LayerPlan, OperationPlan, Plan, Site
-from isogrid.planning.state import STATE_NAME, PreparedState, is_prepared
+from isogrid.planning.state import add_state, is_prepared
 from isogrid.quantizers import Quantizer
 from isogrid.quantizers.estimators import estimator_from_name
 from isogrid.quantizers.ranges import range_from_name
@@ -34,7 +37,6 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 OPERATIONS: dict[str, type[QuantizedSite]] = {
     "add": QuantizedAdd,
     "average_pool": QuantizedAveragePool,
-    "mean": QuantizedAveragePool,
     "concat": QuantizedConcat,
 }
 
@@ -52,13 +54,20 @@ def prepare(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         PlanError: the model is prepared already, or is not the one that was planned.
         NonFiniteError: a weight holds NaN or infinity.
+        CaptureError: a module has something where the quantisers of its forward would go.
+        In each case the model is as it was.
+
+    >>> import isogrid as ig
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> print(type(ig.prepare(model, ig.plan(model, scheme="w8a8", example_inputs=(torch.zeros(1, 4),)))[0]).__name__)
+    QuantizedLinear
     """
     if is_prepared(model):
         raise PlanError("The model is prepared already. Start from a float model, or change the plan before prepare.")
     builder = _Builder(model, plan)
     builder.check()
     builder.build()
-    model.add_module(STATE_NAME, PreparedState(plan))
+    add_state(model, plan)
     return model
 
 
@@ -67,38 +76,53 @@ class _Builder:
 
     def __init__(self, model: nn.Module, plan: Plan):
         self.model, self.plan = model, plan
+        self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.quantizers: dict[str, Quantizer] = {}
         self.owned: set[Quantizer] = set()
 
     def check(self) -> None:
-        """Refuse a model that does not fit before anything is changed."""
+        """Refuse what does not fit, and make all quantizers, before anything is changed."""
+        busy = {operation.scope for operation in self.plan.operations}
+        for path in {*self.plan.scopes, *busy}:
+            check_scope(self._module(path), has_sites=path in busy)
         for layer in self.plan.layers:
-            module = self._module(layer.path)
-            if layer.path == "":
-                raise PlanError(
-                    "A model that is itself one layer cannot be changed in place. Wrap it in nn.Sequential."
-                )
-            if type(module) not in LAYERS:
-                raise PlanError(
-                    f"The plan quantises {layer.path!r}, which is a {type(module).__name__}. Plan this model anew."
-                )
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            if not weight.isfinite().all():
-                raise NonFiniteError(
-                    f"The weight of {layer.path!r} holds NaN or infinity. Quantisation needs finite weights; "
-                    "look for the step of training that made them."
-                )
-            site = self.plan.site(layer.weight)
-            if layer.weight == f"{layer.path}.weight" and tuple(weight.shape) != site.shape:
-                raise PlanError(
-                    f"The plan knows {layer.path!r} with a weight of shape {list(site.shape)}, "
-                    f"not {list(weight.shape)}. Plan this model anew."
-                )
-        for operation in self.plan.operations:
-            self._module(operation.scope)
+            self._check_layer(layer)
+        for site in self.plan.sites:
+            quantizer = self.quantizers[site.name] = make_quantizer(site)
+            if site.kind == "weight":
+                weight: Any = self._module(site.name.removesuffix(".weight")).weight
+                quantizer.to(weight.device).fit(weight.detach())
+            else:
+                quantizer.to(self.device)
+
+    def _check_layer(self, layer: LayerPlan) -> None:
+        module = self._module(layer.path)
+        if layer.path == "":
+            raise PlanError("A model that is itself one layer cannot be changed in place. Wrap it in nn.Sequential.")
+        if type(module) not in LAYERS or issubclass(LAYERS[type(module)], AbsorbedBatchNorm):
+            raise PlanError(
+                f"The plan quantises {layer.path!r}, which is a {type(module).__name__}. Plan this model anew."
+            )
+        if layer.batch_norm is not None and not isinstance(
+            self._module(layer.batch_norm), nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+        ):
+            raise PlanError(f"The plan folds {layer.batch_norm!r}, which is no batch norm. Plan this model anew.")
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if not weight.isfinite().all():
+            raise NonFiniteError(
+                f"The weight of {layer.path!r} holds NaN or infinity. Quantisation needs finite weights; "
+                "look for the step of training that made them."
+            )
+        known = self.plan.site(layer.weight).shape
+        if tuple(weight.shape) != known:
+            raise PlanError(
+                f"The plan knows {layer.path!r} with a weight of shape {list(known)}, not {list(weight.shape)}. "
+                "Plan this model anew."
+            )
 
     def build(self) -> None:
+        """Change the model."""
         modules = dict(self.model.named_modules(remove_duplicate=False))
         made: dict[nn.Module, nn.Module] = {}
         for layer in self.plan.layers:
@@ -111,10 +135,6 @@ class _Builder:
             self._configure(layer)
         for path, skipped in self.plan.scopes.items():
             open_scope(self._module(path), OperationScope(sites.get(path, {}), skipped))
-        for site in self.plan.sites:
-            if site.kind == "weight":
-                module: Any = self._module(site.name.removesuffix(".weight"))
-                self._quantizer(site.name).fit(module.weight.detach())
 
     def _replace(self, path: str, modules: dict[str, nn.Module], made: dict[nn.Module, nn.Module]) -> None:
         old = modules[path]
@@ -122,11 +142,14 @@ class _Builder:
             made[old] = replacement(old, LAYERS[type(old)])
 
     def _assign(self, made: dict[nn.Module, nn.Module]) -> None:
-        """Put every new module wherever the old one was, under all its names."""
+        """Put every new module wherever the old one was: under all its names, and in lists and dictionaries."""
         for parent in list(self.model.modules()):
             for name, child in list(parent._modules.items()):
                 if child is not None and child in made:
                     parent._modules[name] = made[child]
+            for name, value in list(vars(parent).items()):
+                if not name.startswith("_") and isinstance(value, list | tuple | dict):
+                    vars(parent)[name] = tree_map_only(nn.Module, lambda m: made.get(m, m), value)
 
     def _configure(self, plan: LayerPlan) -> None:
         module: Any = self._module(plan.path)
@@ -137,12 +160,19 @@ class _Builder:
         module.arithmetic = "static" if plan.arithmetic == "static" else "float"
         module.activation = plan.activation
         module.input_on_grid = plan.input.on_grid if plan.input is not None else False
+        module.input_rule = self._input_rule(plan)
         self._give(module, plan.path, "input_quantizer", plan.input.grid if plan.input is not None else None)
         self._give(module, plan.path, "output_quantizer", plan.output)
-        module.input_rule = rule_of(self._quantizer(plan.weight).format) if plan.arithmetic == "dynamic" else None
         norm: Any = self._module(plan.batch_norm) if plan.batch_norm is not None else None
-        assert norm is None or isinstance(norm, AbsorbedBatchNorm)
         link(module, "batch_norm", norm)
+
+    def _input_rule(self, plan: LayerPlan) -> RuntimeRule | None:
+        """How the runtime quantises the input of a dynamic layer, if it does so for this format."""
+        if plan.arithmetic != "dynamic":
+            return None
+        weight_format = named_format(self.plan.site(plan.weight).format)
+        rule = rule_of(weight_format)
+        return rule if quantizes_input(int(weight_format.grid.bits), rule.block, accuracy_level=4) else None
 
     def _sites(self) -> dict[str, dict[str, nn.Module]]:
         found: dict[str, dict[str, nn.Module]] = {}
@@ -160,22 +190,13 @@ class _Builder:
 
     def _give(self, module: nn.Module, name: str, attribute: str, site: str | None) -> None:
         """A quantizer as an attribute: owned by the layer or operation its site is named after, a link elsewhere."""
-        quantizer = None if site is None else self._quantizer(site)
-        if (
-            quantizer is not None
-            and site is not None
-            and site.rpartition(".")[0] == name
-            and quantizer not in self.owned
-        ):
+        quantizer = None if site is None else self.quantizers[site]
+        owner = None if site is None else site.rpartition(".")[0]
+        if quantizer is not None and owner == name and quantizer not in self.owned:
             self.owned.add(quantizer)
-            module.add_module(attribute, quantizer)
+            module.add_module(attribute, quantizer.train(module.training))
         else:
             link(module, attribute, quantizer)
-
-    def _quantizer(self, name: str) -> Quantizer:
-        if name not in self.quantizers:
-            self.quantizers[name] = make_quantizer(self.plan.site(name))
-        return self.quantizers[name]
 
     def _module(self, path: str) -> nn.Module:
         try:

@@ -2,13 +2,14 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from isogrid.errors import PlanError
 from isogrid.formats import named_format
+from isogrid.planning.graph import COMPUTING_KINDS, Graph
 from isogrid.quantizers.estimators import estimator_from_name
 from isogrid.quantizers.ranges import range_from_name
 
@@ -58,7 +59,13 @@ class Rule:
                 named_format(name)
         if self.scale not in (None, "learned", "frozen", "moving", "dynamic"):
             raise PlanError(f"Unknown scale {self.scale!r}. Known: learned, frozen, moving, dynamic.")
-        if self.estimator is not None:
+        if self.estimator is not None and self.scale == "learned":
+            if "scale" not in estimator_from_name(self.estimator).learns:
+                raise PlanError(
+                    f"The rule for {self.match!r} asks for learned scales, and the estimator {self.estimator!r} gives "
+                    "them no gradient. Use estimator='lsq', or scale='frozen'."
+                )
+        elif self.estimator is not None:
             estimator_from_name(self.estimator)
         if self.range is not None:
             range_from_name(self.range)
@@ -117,14 +124,20 @@ def scheme_from_name(name: str) -> Scheme:
     return SCHEMES[name]
 
 
-def unmatched_rules_error(unused: Sequence[Rule], names: Iterable[str]) -> PlanError:
-    """The error for rules that match nothing, with what they may have meant."""
-    rule = unused[0]
-    known = list(names)
-    return PlanError(
-        f"The rule for {rule.match!r} matches nothing, or only what earlier rules already match."
-        f"{nearest(rule.match, known)} Layers and operations: {', '.join(known) or 'none'}."
-    )
+def unmatched_rule_error(rule: Rule, graph: Graph) -> PlanError:
+    """The error for a rule that matches nothing that could be quantised, with what it may have meant."""
+    kinds = {*COMPUTING_KINDS, "concat", "embedding"}
+    known = [name for name, calls in graph.by_name.items() if calls[0].kind in kinds]
+    if any(rule.matches(name, "", "") for name in graph.uncalled):
+        why = "matches only modules that the example inputs did not reach."
+    elif found := [c for c in graph.calls if c.kind not in kinds and rule.matches(c.name, c.type, c.kind)]:
+        reason = found[0].reason or f"{found[0].type} stays float in any case, or is part of the layer before it"
+        why = f"matches only what no rule can change: {found[0].name!r} ({reason})."
+    elif any(rule.matches(name, graph.by_name[name][0].type, graph.by_name[name][0].kind) for name in known):
+        why = "matches only what earlier rules already match. The first rule that matches wins."
+    else:
+        why = f"matches nothing.{nearest(rule.match, known)}"
+    return PlanError(f"The rule for {rule.match!r} {why} Layers and operations: {', '.join(known) or 'none'}.")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

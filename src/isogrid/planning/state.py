@@ -1,6 +1,6 @@
 """What a prepared model knows about itself."""
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,30 +11,27 @@ from isogrid.planning.plan import Plan
 from isogrid.quantizers import Quantizer
 
 STATE_NAME = "isogrid"
-"""The child of a prepared model that holds its plan and the schedule's step."""
+"""The attribute of a prepared model that holds its state."""
+
+STEP_NAME = "isogrid_step"
+"""The buffer of a prepared model that counts the schedule's steps, in the checkpoint like every other buffer."""
 
 
-class PreparedState(nn.Module):
-    """The plan of a prepared model, and how many optimizer steps its schedule has seen.
+@dataclass(frozen=True)
+class PreparedState:
+    """The plan of a prepared model."""
 
-    Attributes:
-        plan: frozen.
-        step: int64 buffer [1], in the checkpoint like every other buffer.
+    plan: Plan
+
+
+def add_state(model: nn.Module, plan: Plan) -> None:
+    """Make a model a prepared one.
+
+    Neither attribute is a child, so that nn.Sequential keeps its length and its order.
     """
-
-    step: Tensor
-
-    def __init__(self, plan: Plan):
-        super().__init__()
-        self.plan = plan
-        self.register_buffer("step", torch.zeros(1, dtype=torch.int64))
-
-    def forward(self, x: Any) -> Any:
-        """x itself: nn.Sequential calls all of its children, this one too."""
-        return x
-
-    def extra_repr(self) -> str:
-        return f"{self.plan.scheme} for {self.plan.target}"
+    setattr(model, STATE_NAME, PreparedState(plan))
+    device = next((parameter.device for parameter in model.parameters()), None)
+    model.register_buffer(STEP_NAME, torch.zeros(1, dtype=torch.int64, device=device))
 
 
 def is_prepared(model: nn.Module) -> bool:
@@ -48,6 +45,12 @@ def prepared_state(model: nn.Module) -> PreparedState:
     if not isinstance(state, PreparedState):
         raise PlanError("The model is not prepared. Call isogrid.prepare(model, plan) first.")
     return state
+
+
+def steps_done(model: nn.Module) -> Tensor:
+    """How many optimizer steps the schedule of a prepared model has seen: int64 [1], the buffer itself."""
+    prepared_state(model)
+    return model.get_buffer(STEP_NAME)
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:

@@ -1,12 +1,15 @@
 """Calibration: a good start for every range, from data."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves
 
-from isogrid.errors import NotCalibratedError, PlanError
+from isogrid.errors import NonFiniteError, NotCalibratedError, PlanError
 from isogrid.planning.state import activation_quantizers, prepared_state, quantizers, weight_quantizers
 
 
@@ -25,28 +28,40 @@ def calibrate(
         forward: how to run the model on a batch, where that is not enough.
 
     Raises:
-        NotCalibratedError: there are no batches, or a site saw nothing.
+        NotCalibratedError: there are no batches, one is empty, or a site saw nothing.
         NonFiniteError: NaN or infinity flows through a site, which is named.
+
+    >>> import isogrid as ig
+    >>> model = nn.Sequential(nn.Linear(4, 2))
+    >>> x = torch.linspace(-1.0, 1.0, 32).reshape(8, 4)
+    >>> ig.prepare(model, ig.plan(model, scheme="w8a8", example_inputs=(x,)))[0].input_quantizer.is_calibrated
+    False
+    >>> calibrate(model, [x])[0].input_quantizer.is_calibrated
+    True
     """
-    state = prepared_state(model)
-    count = len(state.plan.inputs)
+    count = len(prepared_state(model).plan.inputs)
+    found = quantizers(model)
     flags = {module: module.training for module in model.modules()}
-    switches = {q: (q.enabled, q.observing) for q in quantizers(model).values()}
-    seen = False
+    switches = {q: (q.enabled, q.observing) for q in found.values()}
+    seen = 0
     try:
         model.eval()
-        for name, quantizer in quantizers(model).items():
+        for quantizer in found.values():
             quantizer.enabled, quantizer.observing = False, True
+            quantizer.train()  # observers look on in training only, so that evaluation leaves no trace
             if quantizer.observer is not None:
                 quantizer.observer.reset()
-                quantizer.observer.name = name
-        with torch.no_grad():
+        with torch.no_grad(), naming_where(model):
             for batch in batches:
-                seen = True
+                check_not_empty(batch, seen)
                 run_batch(model, batch, count) if forward is None else forward(model, batch)
+                seen += 1
         if not seen:
             raise NotCalibratedError("There is no batch to calibrate with. Pass at least one.")
-        _fit(model)
+        fit_activations(model)
+        for name, quantizer in weight_quantizers(model).items():
+            layer: Any = model.get_submodule(name.rpartition(".")[0])
+            quantizer.fit(layer.weight.detach())
     finally:
         for module, flag in flags.items():
             module.training = flag
@@ -55,18 +70,51 @@ def calibrate(
     return model
 
 
-def _fit(model: nn.Module) -> None:
+def fit_activations(model: nn.Module) -> None:
+    """Set the ranges of all activations from what their observers have seen.
+
+    Raises:
+        NotCalibratedError: a site, which is named, has seen nothing.
+    """
     for name, quantizer in activation_quantizers(model).items():
-        if quantizer.observer is None:
-            continue
-        quantizer.observer.synchronize()
         try:
             quantizer.fit_observed()
         except NotCalibratedError as error:
-            raise NotCalibratedError(f"{name}: {error}") from error
-    for name in weight_quantizers(model):
-        layer: Any = model.get_submodule(name.rpartition(".")[0])
-        layer.weight_quantizer.fit(layer.weight.detach())
+            raise NotCalibratedError(
+                f"{name} saw nothing in the batches, though it did in the example inputs of the plan. Calibrate with "
+                "batches that reach it."
+            ) from error
+
+
+@contextmanager
+def naming_where(model: nn.Module) -> Iterator[None]:
+    """While open, a NonFiniteError also says in which module of the model it arose."""
+    paths = {module: name for name, module in model.named_modules()}
+    running: list[str] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if module in paths:
+            running.append(paths[module])
+
+    def leave(module: nn.Module, args: Any, result: Any) -> None:
+        if module in paths:
+            running.pop()
+
+    hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"At {running[-1] or 'the model'}: {error}" if running else str(error)) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_not_empty(batch: Any, number: int) -> None:
+    """Raise NotCalibratedError where a batch holds a tensor without elements, or nothing at all."""
+    leaves = tree_leaves(batch)
+    if not leaves or any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in leaves):
+        raise NotCalibratedError(f"Batch {number} is empty, so there is nothing to calibrate with. Leave it out.")
 
 
 def run_batch(model: nn.Module, batch: Any, count: int) -> Any:
@@ -87,6 +135,9 @@ def arguments_of(batch: Any, count: int) -> tuple[Any, ...]:
 
     Raises:
         PlanError: the batch is neither, or too short.
+
+    >>> arguments_of(("x", "mask", "label"), count=2)
+    ('x', 'mask')
     """
     if isinstance(batch, Tensor):
         return (batch,)

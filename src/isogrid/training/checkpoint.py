@@ -5,9 +5,11 @@ files get new names and the manifest is replaced last, so a crash or a full disk
 """
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from isogrid.errors import CheckpointError, PlanError
-from isogrid.files import digest, write_json, write_whole
+from isogrid.files import digest, rename, write_json, write_whole
 from isogrid.planning.plan import Plan
 from isogrid.planning.prepare import prepare
 from isogrid.planning.state import prepared_state
@@ -33,7 +35,17 @@ def save(model: nn.Module, folder: str | Path) -> None:
         folder: made if missing; a checkpoint in it is replaced in one step.
 
     Raises:
+        PlanError: the model is not prepared.
         CheckpointError: the folder cannot be written; the previous checkpoint stays whole.
+
+    >>> import isogrid as ig, tempfile
+    >>> model = nn.Sequential(nn.Linear(4, 2))
+    >>> plan = ig.plan(model, scheme="w8a8", example_inputs=(torch.zeros(1, 4),))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(ig.prepare(model, plan), folder)
+    ...     again = restore(nn.Sequential(nn.Linear(4, 2)), folder)
+    >>> bool((again[0].weight == model[0].weight).all())
+    True
     """
     _commit(Path(folder), model, {"model": dict(model.state_dict())}, {})
 
@@ -42,20 +54,40 @@ def restore(float_model: nn.Module, folder: str | Path) -> nn.Module:
     """Prepare a float model by a checkpoint's plan and load everything into it; in place, and returned.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is corrupt, or of another model.
+        CheckpointError: there is no checkpoint, or it is corrupt, or of another model, which is then as it was.
     """
-    manifest = read_manifest(Path(folder))
-    tensors = _read_tensors(Path(folder), manifest, "model")
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    tensors = _read_tensors(folder, manifest, "model")
     try:
-        prepare(float_model, Plan.from_json(json.dumps(manifest["plan"])))
+        plan = Plan.from_json(json.dumps(manifest["plan"]))
+    except PlanError as error:
+        raise CheckpointError(f"{folder / MANIFEST} is corrupt: {error}") from error
+    _check_fits(float_model, tensors, folder)
+    try:
+        prepare(float_model, plan)
     except PlanError as error:
         raise CheckpointError(f"The checkpoint {folder} is of another model: {error}") from error
     load_state(float_model, tensors, folder)
     return float_model
 
 
+def _check_fits(float_model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Refuse a checkpoint of another model before anything is changed."""
+    for name, tensor in float_model.state_dict().items():
+        if name not in tensors:
+            raise CheckpointError(f"{source} is of another model: it has no {name}.")
+        if tensors[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{source} is of another model: its {name} has shape {list(tensors[name].shape)}, "
+                f"not {list(tensor.shape)}."
+            )
+
+
 def save_training(folder: str | Path, model: nn.Module, optimizer: Optimizer, extra: dict[str, Any]) -> None:
     """Write all that a run needs to go on with bit-identical losses: model, optimizer, random state, `extra`.
+
+    The random state is that of torch, Python and numpy; a generator of your own goes into `extra`.
 
     Args:
         folder: as for `save`; `restore` reads it too.
@@ -64,24 +96,16 @@ def save_training(folder: str | Path, model: nn.Module, optimizer: Optimizer, ex
         extra: JSON data of the caller's: epoch, position in the data, learning-rate schedule.
     """
     state = optimizer.state_dict()
-    tensors, plain = {}, {}
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
-            else:
-                plain[f"{index}.{name}"] = value
-    random = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
-    files = {"model": dict(model.state_dict()), "optimizer": tensors, "random": random}
-    _commit(
-        Path(folder), model, files, {"optimizer": {"plain": plain, "groups": state["param_groups"]}, "extra": extra}
-    )
+    tensors, plain = _split({"state": state["state"], "param_groups": dict(enumerate(state["param_groups"]))})
+    generators, others = _random_state()
+    files = {"model": dict(model.state_dict()), "optimizer": tensors, "random": generators}
+    _commit(Path(folder), model, files, {"optimizer": plain, "generators": others, "extra": extra})
 
 
 def load_training(folder: str | Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Load what `save_training` wrote into a prepared model and its optimizer; returns `extra`.
+
+    The model is one of `restore`, or prepared by the same plan; a Schedule made before continues where it was too.
 
     Raises:
         CheckpointError: nothing to resume from, corrupt, or of another model or optimizer.
@@ -90,20 +114,21 @@ def load_training(folder: str | Path, model: nn.Module, optimizer: Optimizer) ->
     manifest = read_manifest(folder)
     if "optimizer" not in manifest:
         raise CheckpointError(f"{folder} holds a model but no run to resume. It was written by isogrid.save.")
-    load_state(model, _read_tensors(folder, manifest, "model"), folder)
-    state: dict[int, dict[str, Any]] = {}
-    entries = {**_read_tensors(folder, manifest, "optimizer"), **manifest["optimizer"]["plain"]}
-    for key, value in entries.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+    tensors = _read_tensors(folder, manifest, "model")
+    optimizer_tensors, generators = (_read_tensors(folder, manifest, name) for name in ("optimizer", "random"))
+    state = _joined(optimizer_tensors, manifest["optimizer"])
+    groups = state.get("param_groups", {})
     try:
-        optimizer.load_state_dict({"state": state, "param_groups": manifest["optimizer"]["groups"]})
+        optimizer.load_state_dict(
+            {
+                "state": {int(index): values for index, values in state.get("state", {}).items()},
+                "param_groups": [groups[str(number)] for number in range(len(groups))],
+            }
+        )
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"The optimizer in {folder} does not fit this one: {error}") from error
-    random = _read_tensors(folder, manifest, "random")
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random["cuda"])
+    load_state(model, tensors, folder)
+    _set_random_state(generators, manifest["generators"])
     extra: dict[str, Any] = manifest["extra"]
     return extra
 
@@ -128,9 +153,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}.")
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format"]
+        version = int(manifest["format"])
+        if version <= FORMAT:
+            manifest["plan"], manifest["files"]["model"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is corrupt: {error}.") from error
+        raise CheckpointError(f"{path} is corrupt: {type(error).__name__}: {error}.") from error
     if version > FORMAT:
         raise CheckpointError(
             f"{path} has format {version}; this version of Isogrid reads up to {FORMAT}. Upgrade Isogrid."
@@ -140,19 +167,34 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _commit(folder: Path, model: nn.Module, files: dict[str, dict[str, Tensor]], rest: dict[str, Any]) -> None:
     plan = json.loads(prepared_state(model).plan.to_json())
-    previous = set(folder.glob("*.safetensors")) if folder.is_dir() else set()
-    entries, written = {}, set()
-    for name, tensors in files.items():
-        unique, aliases = _without_aliases(tensors)
-        draft = folder / f"{name}.new"
-        write_whole(draft, lambda path, unique=unique: save_file(unique, path))  # type: ignore[misc]
-        content = digest(draft)
-        path = folder / f"{name}-{content[:16]}.safetensors"
-        draft.replace(path)
-        written.add(path)
-        entries[name] = {"file": path.name, "sha256": content, "aliases": aliases}
-    write_json(folder / MANIFEST, {"format": FORMAT, "plan": plan, "files": entries, **rest})
-    for path in previous - written:
+    # A run that was killed while it wrote may have left drafts.
+    previous = {*folder.glob("*.safetensors"), *folder.glob(".*.new.*")} if folder.is_dir() else set()
+    entries: dict[str, Any] = {}
+    written: set[Path] = set()
+    try:
+        for name, tensors in files.items():
+            path, entries[name] = _write_tensors(folder, name, tensors)
+            written.add(path)
+        write_json(folder / MANIFEST, {"format": FORMAT, "plan": plan, "files": entries, **rest})
+    except BaseException:
+        _delete(written - previous)
+        raise
+    _delete(previous - written)
+
+
+def _write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> tuple[Path, dict[str, Any]]:
+    """Write tensors to a file that is named after what is in it; its path and its entry in the manifest."""
+    unique, aliases = _without_aliases(tensors)
+    draft = folder / f"{name}.new"
+    write_whole(draft, lambda path: save_file(unique, path))
+    content = digest(draft)
+    path = folder / f"{name}-{content[:16]}.safetensors"
+    rename(draft, path)
+    return path, {"file": path.name, "sha256": content, "aliases": aliases}
+
+
+def _delete(paths: set[Path]) -> None:
+    for path in paths:
         path.unlink(missing_ok=True)
 
 
@@ -178,6 +220,51 @@ def _read_tensors(folder: Path, manifest: dict[str, Any], name: str) -> dict[str
         if digest(path) != entry["sha256"]:
             raise CheckpointError(f"{path} is corrupt or truncated: its digest is not the one in {MANIFEST}.")
         tensors = load_file(path)
-    except (OSError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"The checkpoint {folder} is incomplete: {error}.") from error
-    return {**tensors, **{alias: tensors[target] for alias, target in entry["aliases"].items()}}
+        return {**tensors, **{alias: tensors[target] for alias, target in entry["aliases"].items()}}
+    except (OSError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"The checkpoint {folder} is incomplete: {type(error).__name__}: {error}.") from error
+
+
+def _split(tree: dict[Any, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of nested dictionaries by path, and the dictionaries without them, as JSON has them."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Tensor):
+            tensors[f"{prefix}{key}"] = value
+        elif isinstance(value, dict):
+            inner, plain[str(key)] = _split(value, f"{prefix}{key}/")
+            tensors.update(inner)
+        else:
+            plain[str(key)] = value
+    return tensors, plain
+
+
+def _joined(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
+    """What `_split` took apart."""
+    for path, tensor in tensors.items():
+        *parents, last = path.split("/")
+        place = plain
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = tensor
+    return plain
+
+
+def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of all global random generators: torch's as tensors, Python's and numpy's as JSON."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return tensors, {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
+
+
+def _set_random_state(tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    torch.set_rng_state(tensors["cpu"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+    version, words, gauss = plain["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = plain["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))

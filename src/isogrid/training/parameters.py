@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from isogrid.errors import NotCalibratedError
 from isogrid.planning.state import prepared_state, quantizers
 
 
@@ -26,10 +27,19 @@ def parameter_groups(
         scale_lr: by what share of itself a scale may move a step; `lr` where not given.
         relative_scale_lr: False for SGD, whose steps already follow LSQ's scaled gradient: `scale_lr` as it is.
 
+    Returns:
+        Groups with `name`, `params`, `lr` and `weight_decay`; each trainable parameter is in exactly one.
+
+    Raises:
+        PlanError: the model is not prepared.
+        NotCalibratedError: a learned scale has no value yet that its learning rate could be a share of.
+
     >>> import isogrid as ig, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     >>> plan = ig.plan(model, scheme="w8a8", example_inputs=(torch.zeros(1, 4),))
-    >>> [group["name"] for group in parameter_groups(ig.prepare(model, plan), lr=1e-3)]
+    >>> ig.calibrate(ig.prepare(model, plan), [torch.ones(1, 4)]) is model
+    True
+    >>> [group["name"] for group in parameter_groups(model, lr=1e-3)]
     ['weights', 'others', '0.weight_quantizer', '0.input_quantizer']
     """
     prepared_state(model)
@@ -42,6 +52,11 @@ def parameter_groups(
     ]
     for name, quantizer in quantizers(model).items():
         parameters = [p for p in quantizer.parameters() if p.requires_grad]
+        if parameters and relative_scale_lr and not quantizer.is_calibrated:
+            raise NotCalibratedError(
+                f"The learned scale of {name} has no value yet that its learning rate could be a share of. Run "
+                "isogrid.calibrate(model, batches) first, or pass relative_scale_lr=False."
+            )
         if parameters:
             factor = float(quantizer.scale.detach().mean()) if relative_scale_lr else 1.0
             groups.append({"name": name, "params": parameters, "lr": scale_lr * factor, "weight_decay": 0.0})

@@ -1,17 +1,13 @@
 """The schedule: which part of quantisation is on at which optimizer step."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from isogrid.errors import PlanError
-from isogrid.planning.state import (
-    absorbed_batch_norms,
-    activation_quantizers,
-    prepared_state,
-    quantizers,
-    weight_quantizers,
-)
+from isogrid.planning.state import absorbed_batch_norms, quantizers, steps_done
+from isogrid.training.calibration import fit_activations
 
 
 @dataclass(frozen=True)
@@ -19,7 +15,7 @@ class Phase:
     """A stretch of training.
 
     Attributes:
-        name: float, observe, weights, ramp, quantized, end.
+        name: float, observe, weights, ramp or quantized.
         start: the first optimizer step of the phase.
     """
 
@@ -35,8 +31,8 @@ class Schedule:
     quantisation error is blended in from 0 to 1; then all of it. Batch norm goes over to its running statistics, and
     ranges and scales stop moving, at a share of all steps.
 
-    The position is a buffer of the model, so a checkpoint of the model holds it: make the schedule again after
-    restoring and it continues where it was. Evaluation does not count.
+    The position is a buffer of the model, so a checkpoint of the model holds it: make the schedule again with the same
+    arguments, before or after loading, and it continues where it was. Evaluation does not count.
 
     Args:
         model: prepared.
@@ -78,24 +74,23 @@ class Schedule:
             )
         if not (0.0 <= freeze_batch_norm <= 1.0 and 0.0 <= freeze_ranges <= 1.0):
             raise PlanError("freeze_batch_norm and freeze_ranges are shares of total_steps, between 0 and 1.")
-        self._state = prepared_state(model)
         self._model = model
         self.total_steps = total_steps
         self.freeze_batch_norm_at = round(freeze_batch_norm * total_steps)
         self.freeze_ranges_at = round(freeze_ranges * total_steps)
         self._lengths = lengths
-        self._apply()
+        self._apply(self.position)
+        model.register_load_state_dict_post_hook(self._after_load)  # type: ignore[no-untyped-call]
 
     @property
     def position(self) -> int:
         """Optimizer steps done."""
-        return int(self._state.step.item())
+        return int(steps_done(self._model))
 
     @property
     def phase(self) -> str:
         """The name of the phase that the next forward belongs to."""
-        position = self.position
-        return [phase.name for phase in self.phases() if phase.start <= position][-1]
+        return self._phase_at(self.position)
 
     def phases(self) -> list[Phase]:
         """The phases that take place, in order."""
@@ -107,26 +102,34 @@ class Schedule:
         return [*found, Phase("quantized", start)]
 
     def step(self) -> None:
-        """Count one optimizer step; call it after `optimizer.step()`."""
-        before = self.phase
-        self._state.step += 1
-        if before == "observe" and self.phase != "observe":
-            for quantizer in activation_quantizers(self._model).values():
-                quantizer.fit_observed()
-        self._apply()
+        """Count one optimizer step; call it after `optimizer.step()`.
 
-    def _apply(self) -> None:
-        position, phase = self.position, self.phase
-        for quantizer in weight_quantizers(self._model).values():
-            quantizer.enabled = phase not in ("float", "observe")
-        for quantizer in activation_quantizers(self._model).values():
-            quantizer.enabled = phase not in ("float", "observe", "weights")
+        Raises:
+            NotCalibratedError: observing ends, and a site has seen nothing.
+        """
+        position = self.position
+        if self._phase_at(position) == "observe" != self._phase_at(position + 1):
+            fit_activations(self._model)
+        steps_done(self._model).add_(1)
+        self._apply(position + 1)
+
+    def _phase_at(self, position: int) -> str:
+        return [phase.name for phase in self.phases() if phase.start <= position][-1]
+
+    def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
+        self._apply(self.position)
+
+    def _apply(self, position: int) -> None:
+        """Set every switch of the model for the step at a position."""
+        phase = self._phase_at(position)
+        for name, quantizer in quantizers(self._model).items():
+            of_weight = name.endswith("weight_quantizer")
+            quantizer.enabled = phase not in (("float", "observe") if of_weight else ("float", "observe", "weights"))
             quantizer.observing = phase == "observe"
-        for quantizer in quantizers(self._model).values():
             quantizer.ramping = phase == "ramp"
             quantizer.range_is_frozen = position >= self.freeze_ranges_at
             if phase == "ramp":
-                start = next(p.start for p in self.phases() if p.name == "ramp")
+                start = sum(self._lengths.values()) - self._lengths["ramp"]
                 quantizer.strength.fill_((position - start + 1) / (self._lengths["ramp"] + 1))
         for batch_norm in absorbed_batch_norms(self._model):
             batch_norm.statistics_are_frozen = position >= self.freeze_batch_norm_at

@@ -1,0 +1,63 @@
+"""Chains: a computing call with the batch norm and the ReLU behind it, which it does itself."""
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import nn
+
+from isogrid.planning.graph import COMPUTING_KINDS, Call, Graph
+
+
+@dataclass
+class Chain:
+    """A computing call with what it absorbs.
+
+    Attributes:
+        call: the computing call, the first of its name.
+        batch_norm, activation: what it absorbs, or None.
+    """
+
+    call: Call
+    batch_norm: Call | None = None
+    activation: Call | None = None
+
+    @property
+    def value(self) -> int:
+        """What comes out at the end."""
+        return (self.activation or self.batch_norm or self.call).output
+
+
+def find_chains(model: nn.Module, graph: Graph, names: Collection[str]) -> dict[str, Chain]:
+    """The chains of the computing calls of these names, by name.
+
+    A layer that is used twice absorbs nothing: what follows may differ. A ReLU that is used more than once is absorbed
+    everywhere or nowhere, for it cannot be told apart while the model runs.
+    """
+    chains: dict[str, Chain] = {}
+    for call in graph.calls:
+        if call.name not in names or call.kind not in COMPUTING_KINDS or call.name in chains:
+            continue
+        chain = chains[call.name] = Chain(call)
+        if len(graph.calls_of(call.name)) > 1:
+            continue
+        follower = graph.only_consumer(chain.value)
+        if follower is not None and _can_absorb(model, graph, call, follower):
+            chain.batch_norm = follower
+            follower = graph.only_consumer(chain.value)
+        if follower is not None and follower.kind == "relu":
+            chain.activation = follower
+    absorbed = Counter(chain.activation.name for chain in chains.values() if chain.activation)
+    for chain in chains.values():
+        if chain.activation and absorbed[chain.activation.name] < len(graph.calls_of(chain.activation.name)):
+            chain.activation = None
+    return chains
+
+
+def _can_absorb(model: nn.Module, graph: Graph, call: Call, follower: Call) -> bool:
+    if follower.kind != "batch_norm" or call.kind not in ("linear", "convolution"):
+        return False
+    norm = model.get_submodule(follower.name)
+    once = len(graph.calls_of(follower.name)) == 1
+    channels_are_last = call.kind == "linear" and len(call.shape) > 2
+    return getattr(norm, "running_mean", None) is not None and once and not channels_are_last

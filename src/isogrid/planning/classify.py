@@ -1,0 +1,170 @@
+"""What a module or a call is, before anyone decides about it."""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+
+from isogrid.errors import PlanError
+from isogrid.layers.pooling import averages_space, pooling_of
+from isogrid.layers.scope import is_container
+
+MODULE_KINDS: dict[type[nn.Module], str] = {
+    nn.Linear: "linear",
+    nn.Conv1d: "convolution",
+    nn.Conv2d: "convolution",
+    nn.Conv3d: "convolution",
+    nn.Embedding: "embedding",
+    nn.BatchNorm1d: "batch_norm",
+    nn.BatchNorm2d: "batch_norm",
+    nn.BatchNorm3d: "batch_norm",
+}
+"""Modules that are one call; a subclass is not its parent, for its forward may do something else."""
+
+MOVING_FUNCTIONS = frozenset(
+    {
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "max_pool1d_with_indices",
+        "max_pool2d_with_indices",
+        "max_pool3d_with_indices",
+        "adaptive_max_pool1d",
+        "adaptive_max_pool2d",
+        "adaptive_max_pool3d",
+        "flatten",
+        "reshape",
+        "view",
+        "permute",
+        "transpose",
+        "swapaxes",
+        "movedim",
+        "squeeze",
+        "unsqueeze",
+        "contiguous",
+        "clone",
+        "expand",
+        "unflatten",
+        "narrow",
+        "select",
+        "chunk",
+        "split",
+        "unbind",
+        "flip",
+        "roll",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "channel_shuffle",
+        "__getitem__",
+    }
+)
+"""Functions that only move values, so that their output lies on their input's grid."""
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether a module of torch.nn merely calls one function: no children, no parameters, nn.ReLU or nn.MaxPool2d."""
+    return (
+        _is_of_torch(module)
+        and type(module) not in MODULE_KINDS
+        and next(module.children(), None) is None
+        and next(module.parameters(), None) is None
+    )
+
+
+def calls_site(module: nn.Module) -> bool:
+    """Whether a module of torch.nn calls a function that can be a site."""
+    pools = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+    return isinstance(module, (nn.ReLU, *pools)) and is_wrapper(module)
+
+
+def is_one_call(module: nn.Module) -> bool:
+    """Whether nothing inside a module is looked at.
+
+    So it is for layers, for modules of torch.nn with parameters of their own such as nn.LayerNorm, and for
+    subclasses of layers.
+    """
+    if type(module) in MODULE_KINDS or is_subclass_of_layer(module):
+        return True
+    return _is_of_torch(module) and next(module.parameters(recurse=False), None) is not None
+
+
+def is_subclass_of_layer(module: nn.Module) -> bool:
+    """Whether a module extends a layer that could be quantised, and has no children of its own."""
+    extends = isinstance(module, tuple(MODULE_KINDS)) and type(module) not in MODULE_KINDS
+    return extends and next(module.children(), None) is None
+
+
+def is_sequential(module: nn.Module) -> bool:
+    """Whether a module has nothing but nn.Sequential's forward."""
+    return type(module).forward is nn.Sequential.forward
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module's forward calls functions and other modules, so that it is a scope."""
+    runs = type(module).forward is not nn.Module.forward and not is_sequential(module)
+    return runs and not is_wrapper(module) and (is_subclass_of_layer(module) or not is_one_call(module))
+
+
+def has_fast_path(module: nn.Module) -> bool:
+    """Whether PyTorch may compute a module in evaluation from its children's weights, without calling them."""
+    return isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer)
+
+
+def why_float(func: Any, kind: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> str:
+    """Why a call of a kind that could be a site is none; empty where it is one.
+
+    Args:
+        func: the torch function.
+        kind: as in `isogrid.layers.scope.OPERATION_KINDS`.
+        args, kwargs: with the tensors in front.
+        output: what came out.
+    """
+    if kwargs.get("out") is not None:
+        return "writes to out="
+    tensors = list(args[0]) if kind == "concat" else list(args[: 2 if kind == "add" else 1])
+    if not all(isinstance(x, Tensor) and x.dim() > 0 for x in tensors):
+        return f"{kind} with a number, which has no grid"
+    if not all(x.is_floating_point() for x in tensors):
+        return f"{kind} of whole numbers"
+    if kind == "add":
+        if kwargs.get("alpha", 1) != 1:
+            return "add with alpha"
+        if all(x.shape != output.shape for x in tensors):
+            return "add in which both sides are broadcast"
+    if kind == "mean" and not averages_space(*args, **kwargs):
+        return "mean over something else than all of space of [batch, channels, *space]"
+    if kind in ("average_pool", "mean"):
+        return _why_pooling_is_float(func, args, kwargs)
+    return ""
+
+
+def why_module_is_float(module: nn.Module, output: Tensor) -> str:
+    """Why a module that was called as one is not quantised, where its kind alone does not say; else empty."""
+    if is_subclass_of_layer(module):
+        parent = next(kind for kind in MODULE_KINDS if isinstance(module, kind))
+        return f"{type(module).__name__} extends {parent.__name__}, and its forward may do something else"
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
+        return "an embedding with max_norm or sparse gradients changes its table behind the quantiser's back"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and output.dim() != module.weight.dim():
+        return "a convolution of one example without a batch dimension"
+    return ""
+
+
+def _why_pooling_is_float(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    rank = int(getattr(func, "__name__", "")[-2:-1]) if func.__name__.endswith("d") else 0
+    if rank and args[0].dim() != rank + 2:
+        return "pooling of one example without a batch dimension"
+    try:
+        pooling = pooling_of(func, *args, **kwargs)
+    except PlanError as error:
+        return str(error)
+    if pooling.ceil_mode and pooling.count_include_pad and any(pooling.padding):
+        return "with ceil_mode, count_include_pad and padding PyTorch and ONNX divide by different numbers"
+    if prod(pooling.kernel) == 0:
+        return "pooling of nothing"
+    return ""
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.modules") and not is_container(module)

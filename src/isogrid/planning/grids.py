@@ -1,0 +1,152 @@
+"""Grids: which values of a graph lie on which grid, and which site owns it."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from isogrid.planning.chains import Chain
+from isogrid.planning.graph import Call, Graph
+from isogrid.planning.plan import Feed
+
+
+@dataclass
+class Owner:
+    """Who owns a grid.
+
+    Attributes:
+        call: the owning site is named after it.
+        kind: input or output.
+        shape: of one value on the grid.
+        members: all calls whose output lies on it.
+    """
+
+    call: Call
+    kind: str
+    shape: tuple[int, ...]
+    members: list[Call] = field(default_factory=list)
+
+
+class Grids:
+    """Grids belong to values: whatever reads a value finds the grid that its producer gave it.
+
+    Values that a runtime joins without arithmetic, the parts of a concatenation, share one grid, and so do the values
+    at the same place of calls of the same name.
+
+    Args:
+        graph: of the model.
+        chains: of the computing calls that are quantised.
+        concats: names of the concatenations that may be quantised.
+    """
+
+    def __init__(self, graph: Graph, chains: Mapping[str, Chain], concats: Collection[str]):
+        self.graph, self.chains = graph, chains
+        self._parent: dict[int, int] = {}
+        self._concats = frozenset(concats)
+        self._chain_of_value = {
+            self._value(chain, call): chain for chain in chains.values() for call in graph.calls_of(chain.call.name)
+        }
+        # A concatenation that nothing integer reads would only round.
+        self.concats = {name for name in concats if any(self._is_read(c.output) for c in graph.calls_of(name))}
+        for call in graph.calls:
+            if call.name in self.concats:
+                for value in call.inputs:
+                    self._merge(self._origin(value), call.output)
+        for name in (*chains, *self.concats):
+            first, *others = graph.calls_of(name)
+            for other in others:
+                for mine, its in zip(first.inputs, other.inputs, strict=True):
+                    self._merge(self._origin(mine), self._origin(its))
+                self._merge(chains[name].value if name in chains else first.output, other.output)
+
+    def feeds(self, name: str) -> tuple[Feed, ...]:
+        """Where the inputs of the calls of a name get their grids."""
+        calls = self.graph.calls_of(name)
+        feeds = []
+        for position, value in enumerate(calls[0].inputs):
+            origins = [self.graph.origin(call.inputs[position]) for call in calls]
+            on_grid = all(exact and self._is_produced(origin) for origin, exact in origins)
+            feeds.append(Feed(self.owner_of(value), on_grid))
+        return tuple(feeds)
+
+    def owner_of(self, value: int) -> str:
+        """The site that owns the grid of a value."""
+        return self._names[self._root(self._origin(value))]
+
+    def output_of(self, chain: Chain) -> str | None:
+        """The site that owns the grid of a chain's output; None where nothing integer reads a Linear's output."""
+        return self._names[self._root(chain.value)] if self._is_produced(chain.value) else None
+
+    @cached_property
+    def owners(self) -> dict[str, Owner]:
+        """The owner of each grid, by the name of its site."""
+        found: dict[str, Owner] = {}
+        for call, kind, value, root in self._uses:
+            name = self._names[root]
+            owner = found.setdefault(name, Owner(call, kind, self._shape(value)))
+            if kind == "output":
+                owner.members.append(call)
+        return found
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        names: dict[int, str] = {}
+        for call, kind, _, root in self._uses:
+            names.setdefault(root, f"{call.name}.{kind}")
+        return names
+
+    @cached_property
+    def _uses(self) -> list[tuple[Call, str, int, int]]:
+        """Every quantised output, then every input that nobody quantises before, in order: call, kind, value, grid."""
+        outputs, inputs = [], []
+        for call in self.graph.calls:
+            if call.name in self.concats or call.name in self.chains:
+                for number, value in enumerate(call.inputs):
+                    origin = self._origin(value)
+                    if not self._is_produced(origin):
+                        kind = "input" if len(call.inputs) == 1 else f"input{number}"
+                        inputs.append((call, kind, value, self._root(origin)))
+            if call.name in self.chains:
+                value = self._value(self.chains[call.name], call)
+                if self._is_produced(value):
+                    outputs.append((call, "output", value, self._root(value)))
+        return outputs + inputs
+
+    @staticmethod
+    def _value(chain: Chain, call: Call) -> int:
+        """What comes out of one of the calls of a chain's name; only one that is called once absorbs anything."""
+        return chain.value if call is chain.call else call.output
+
+    def _is_produced(self, value: int) -> bool:
+        """Whether a value leaves its producer quantised: all outputs of a Linear do if integer arithmetic reads one."""
+        producer = self.graph.producer.get(value)
+        if producer is not None and producer.name in self.concats:
+            return True
+        chain = self._chain_of_value.get(value)
+        if chain is None:
+            return False
+        values = [self._value(chain, call) for call in self.graph.calls_of(chain.call.name)]
+        return chain.call.kind != "linear" or any(self._is_read(v) for v in values)
+
+    def _is_read(self, value: int) -> bool:
+        """Whether integer arithmetic reads a value."""
+        return any(
+            call.name in self.chains or (call.name in self._concats and self._is_read(call.output))
+            for call in self.graph.readers(value)
+        )
+
+    def _shape(self, value: int) -> tuple[int, ...]:
+        producer = self.graph.producer.get(value)
+        return () if producer is None else producer.shape
+
+    def _origin(self, value: int) -> int:
+        return self.graph.origin(value)[0]
+
+    def _root(self, value: int) -> int:
+        while value in self._parent:
+            value = self._parent[value]
+        return value
+
+    def _merge(self, a: int, b: int) -> None:
+        a, b = self._root(a), self._root(b)
+        if a != b:
+            self._parent[max(a, b)] = min(a, b)

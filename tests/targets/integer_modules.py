@@ -139,7 +139,7 @@ class Residual(nn.Module):
 
 
 class Various(nn.Module):
-    """What the residual network has not: branches, one module twice, three-dimensional Linear, narrow grids."""
+    """What the residual network has not: branches, modules called again, three-dimensional Linear, narrow grids."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,13 +149,15 @@ class Various(nn.Module):
         self.join = Concatenate(small, middle, (0.05, 60))
         self.average = Pool((0.05, 60), (0.04, 90), ([3], [2], [1], True, False))
         self.shared = Linear((16, 16), (0.04, 90), (0.04, 90), (-128, 127))
+        self.small = Linear((16, 16), (0.04, 90), (0.04, 90), (-8, 7))
         self.gate = Binary("static_multiply", (0.04, 90), (0.04, 90), (0.06, 128))
         self.head = Linear((5, 16), (0.06, 128), None, (-2, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.average(self.join(self.narrow(x), self.wide(x)))
         tokens = x.transpose(1, 2)
-        return self.head(self.gate(self.shared(self.shared(tokens)), tokens))
+        mixed = self.shared(self.small(self.shared(self.small(self.shared(tokens)))))
+        return self.head(self.gate(mixed, tokens))
 
 
 class FloatBetween(nn.Module):

@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -105,13 +105,12 @@ def _prepare_weights(model: ir.Model) -> None:
         weight = node.inputs[0] if node.op_type == "DequantizeLinear" else None
         if weight is None or weight.const_value is None or weight.const_value.dtype != ir.DataType.INT8:
             continue
+        # Small weights stay int8 in ONNX Runtime and may be shared; see _copies.
         codes = weight.const_value.numpy()
         packed = _pack(weight, codes, model)
-        for number, consumer in enumerate(node.outputs[0].consumers()):
-            if number > 0 and not packed:
-                node = _copy_for(consumer, node, f"{weight.name}_{number + 1}", model.graph)
-            if consumer.op_type == "Gemm":
-                _give_zero_point(node, model.graph)
+        for dequantize in [node] if packed else [node, *_copies(node, weight, codes.shape, model.graph)]:
+            if any(consumer.op_type == "Gemm" for consumer in dequantize.outputs[0].consumers()):
+                _give_zero_point(dequantize, model.graph)
 
 
 def _pack(weight: ir.Value, codes: NDArray[np.int8], model: ir.Model) -> bool:
@@ -120,8 +119,7 @@ def _pack(weight: ir.Value, codes: NDArray[np.int8], model: ir.Model) -> bool:
             continue
         weight.const_value = ir.tensor(codes.astype(stored), name=weight.name)
         weight.dtype = dtype
-        (node, _), *_ = weight.uses()
-        cast = _insert(model.graph, node, "Cast", [weight], {"to": ir.DataType.INT8}, f"{weight.name}_int8")
+        cast = _insert(model.graph, model.graph[0], "Cast", [weight], {"to": ir.DataType.INT8}, f"{weight.name}_int8")
         for user, index in weight.uses():
             if user is not cast.producer():
                 user.replace_input_with(index, cast)
@@ -129,20 +127,27 @@ def _pack(weight: ir.Value, codes: NDArray[np.int8], model: ir.Model) -> bool:
     return False
 
 
-def _copy_for(consumer: ir.Node, dequantize: ir.Node, name: str, graph: ir.Graph) -> ir.Node:
-    """A weight of its own for a consumer of a shared one, at the cost of a node.
+def _copies(dequantize: ir.Node, weight: ir.Value, sizes: tuple[int, ...], graph: ir.Graph) -> list[ir.Node]:
+    """A weight of its own for each further consumer of a shared one, at the cost of two nodes.
 
     ONNX Runtime turns every int8 weight into uint8 where the processor wants it, and fails when it has done so
-    already. It folds the Reshape when it loads the model, before that.
+    already. It folds the Reshape when it loads the model, before that; copies of the same weight it would merge again,
+    so that each is a copy of the last.
     """
-    weight, scale = _input(dequantize, 0), _input(dequantize, 1)
-    shape = ir.tensor(np.array(weight.shape, dtype=np.int64), name=f"{name}_shape")
-    copy = _insert(graph, consumer, "Reshape", [weight, _initializer(shape, graph)], {}, name)
-    values = _insert(graph, consumer, "DequantizeLinear", [copy, scale], dict(dequantize.attributes), f"{name}_values")
-    for index, value in enumerate(consumer.inputs):
-        if value is dequantize.outputs[0]:
-            consumer.replace_input_with(index, values)
-    return _producer(values)
+    values, scale, name = dequantize.outputs[0], _input(dequantize, 1), weight.name
+    others = values.consumers()[1:]
+    shape = ir.tensor(np.array(sizes, dtype=np.int64), name=f"{name}_shape")
+    shape_value = _initializer(shape, graph) if others else None
+    copies = []
+    for number, consumer in enumerate(others, 2):
+        weight = _insert(graph, dequantize, "Reshape", [weight, shape_value], {}, f"{name}_{number}")
+        attributes = dict(dequantize.attributes)
+        copy = _insert(graph, dequantize, "DequantizeLinear", [weight, scale], attributes, f"{name}_{number}_values")
+        for index, value in enumerate(consumer.inputs):
+            if value is values:
+                consumer.replace_input_with(index, copy)
+        copies.append(_producer(copy))
+    return copies
 
 
 def _give_zero_point(dequantize: ir.Node, graph: ir.Graph) -> None:
@@ -160,7 +165,12 @@ def _initializer(tensor: ir.TensorProtocol, graph: ir.Graph) -> ir.Value:
 
 
 def _insert(
-    graph: ir.Graph, before: ir.Node, op_type: str, inputs: list[ir.Value], attributes: dict[str, Any], name: str
+    graph: ir.Graph,
+    before: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: dict[str, Any],
+    name: str,
 ) -> ir.Value:
     node = ir.node(op_type, inputs, attributes=attributes)
     node.outputs[0].name = name
@@ -174,9 +184,9 @@ def _keep_float(graph: ir.Graph) -> None:
         y = node.outputs[0]
         if node.op_type in REPLACED:
             if any(other.metadata_props.get(ORIGIN) != node.metadata_props.get(ORIGIN) for other in _rewritten_with(y)):
-                _shield(y, y.consumers()[0], graph)
+                _shield(y, graph)
         elif node.op_type == "MatMul" and all(_is_dequantized(value) for value in node.inputs):
-            _shield(_input(node, 0), node, graph)
+            _shield(_input(node, 0), graph)
 
 
 def _rewritten_with(value: ir.Value) -> Iterator[ir.Node]:
@@ -195,12 +205,14 @@ def _is_dequantized(value: ir.Value | None) -> bool:
     return node.op_type == "DequantizeLinear" or (node.op_type in PASSED and _is_dequantized(node.inputs[0]))
 
 
-def _shield(value: ir.Value, before: ir.Node, graph: ir.Graph) -> None:
-    infinity = ir.tensor(np.array(np.inf, dtype=np.float32), name=f"{value.name}_bound")
-    shielded = _insert(graph, before, "Min", [value, _initializer(infinity, graph)], {}, f"{value.name}_float")
-    for user, index in value.uses():
-        if user is not shielded.producer():
-            user.replace_input_with(index, shielded)
+def _shield(value: ir.Value, graph: ir.Graph) -> None:
+    infinity = _initializer(ir.tensor(np.array(np.inf, dtype=np.float32), name=f"{value.name}_bound"), graph)
+    users = list(value.uses())
+    shield = ir.node("Min", [value, infinity])
+    shield.outputs[0].name = f"{value.name}_float"
+    graph.insert_after(_producer(value), shield)
+    for user, index in users:
+        user.replace_input_with(index, shield.outputs[0])
 
 
 def _strip(model: ir.Model) -> None:

@@ -5,12 +5,14 @@ import pickle
 import subprocess
 import sys
 from copy import deepcopy
+from datetime import timedelta
 from math import log10
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from isogrid.errors import FormatError, NonFiniteError, NotCalibratedError, PlanError
 from isogrid.formats import named_format
-from isogrid.quantizers.observer import Observer
+from isogrid.quantizers.observer import Observer, synchronize
 from isogrid.quantizers.ranges import (
     MSE,
     RMS,
@@ -272,43 +274,42 @@ def test_the_moving_average_compiles_as_one_graph_and_poisons_what_it_cannot_ref
         module.observer.affine(UINT8, MovingAverage())
 
 
-RANK = """
-import os, sys
-import torch, torch.distributed as dist
-from safetensors.torch import load_file, save_file
-from isogrid.quantizers.observer import Observer, synchronize
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-batches = [batch for _, batch in sorted(load_file(f"{folder}/batches").items())]
-observers = [Observer(bins=256), Observer(bins=0), Observer(bins=256)]
-for stage in (batches[:6], batches[6:], []):
-    for batch in stage[rank::2]:
-        for observer in observers[:2]:
-            observer.observe(batch)
-    if rank == 1 and stage:
-        observers[2].observe(stage[1])
-    synchronize(observers)
-observers[0].synchronize()
-save_file({f"{i}.{n}": t for i, o in enumerate(observers) for n, t in o.state_dict().items()}, f"{folder}/{rank}")
-dist.destroy_process_group()
-"""
+def see_as_rank(rank: int, folder: Path) -> dict[str, Tensor]:
+    """What three observers know in the end on one of two ranks, each of which saw every other batch."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=100)
+    )
+    try:
+        batches = [batch for _, batch in sorted(load_file(folder / "batches").items())]
+        observers = [Observer(bins=256), Observer(bins=0), Observer(bins=256)]
+        for stage in (batches[:6], batches[6:], []):
+            for batch in stage[rank::2]:
+                for observer in observers[:2]:
+                    observer.observe(batch)
+            if rank == 1 and stage:
+                observers[2].observe(stage[1])
+            synchronize(observers)
+        observers[0].synchronize()
+    finally:
+        dist.destroy_process_group()
+    return {
+        f"{i}.{name}": value for i, observer in enumerate(observers) for name, value in observer.state_dict().items()
+    }
 
 
-def test_two_ranks_see_what_one_process_sees(tmp_path: Path):
+def test_two_ranks_see_what_one_process_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     # Later batches are larger, so that the ranks' histograms differ in reach when they meet.
     batches = [normal(40, seed=seed) * 1.7**seed for seed in range(10)]
     save_file({str(i): batch for i, batch in enumerate(batches)}, tmp_path / "batches")
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)], env=environment) for rank in range(2)
-    ]
+    other = subprocess.Popen([sys.executable, __file__, str(tmp_path)])
     try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+        first = see_as_rank(0, tmp_path)
+        assert other.wait(timeout=100) == 0
     finally:
-        for rank in ranks:
-            rank.kill()
-    first, second = (load_file(tmp_path / str(rank)) for rank in range(2))
+        other.kill()
+    second = load_file(tmp_path / "seen")
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
     alone = [observed(*batches, bins=256), observed(*batches, bins=0), observed(batches[1], batches[7], bins=256)]
@@ -327,3 +328,7 @@ def test_without_a_process_group_synchronizing_changes_nothing():
     before = deepcopy(observer.state_dict())
     observer.synchronize()
     assert all(torch.equal(value, before[name]) for name, value in observer.state_dict().items())
+
+
+if __name__ == "__main__":
+    save_file(see_as_rank(1, Path(sys.argv[1])), Path(sys.argv[1]) / "seen")

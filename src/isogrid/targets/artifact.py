@@ -1,12 +1,14 @@
 """An exported model and the sidecar that says how to run it."""
 
+import contextlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from isogrid.errors import ArtifactError
-from isogrid.files import digest, write_json
+from isogrid.errors import ArtifactError, CheckpointError, PlanError
+from isogrid.files import digest, write_json, write_whole
 from isogrid.planning.plan import Plan
 
 FORMAT = 1
@@ -38,24 +40,59 @@ class Artifact:
         """Size of the file."""
         return self.path.stat().st_size
 
-    def write_sidecar(self) -> None:
-        """Write `<path>.json`, whole or not at all."""
-        write_json(
-            sidecar_path(self.path),
-            {
-                "format": FORMAT,
-                "target": self.target,
-                "session_options": self.session_options,
-                "versions": self.versions,
-                "sha256": self.sha256,
-                "plan": json.loads(self.plan.to_json()),
-            },
-        )
+    def to_sidecar(self) -> dict[str, Any]:
+        """What the sidecar holds, as JSON data."""
+        return {
+            "format": FORMAT,
+            "target": self.target,
+            "session_options": self.session_options,
+            "versions": self.versions,
+            "sha256": self.sha256,
+            "plan": json.loads(self.plan.to_json()),
+        }
 
 
 def sidecar_path(path: Path) -> Path:
-    """Where the sidecar of an artefact lies: `model.onnx.json` beside `model.onnx`."""
+    """Where the sidecar of an artefact lies.
+
+    >>> sidecar_path(Path("runs/model.onnx")).name
+    'model.onnx.json'
+    """
     return path.with_name(path.name + ".json")
+
+
+def write_artifact(artifact: Artifact, write: Callable[[Path], Any]) -> Artifact:
+    """Write an artefact and its sidecar so that those on disk always belong together.
+
+    The sidecar is replaced first, and until the file is replaced too it also holds what it said about the file before.
+    Whoever reads in between, or after a crash in between, finds the entry whose digest is the file's.
+
+    Args:
+        artifact: its `sha256` is ignored and becomes that of what is written.
+        write: fills the file at the path that it is given.
+
+    Raises:
+        ArtifactError: the disk is full or the folder cannot be written; the artefact that was there is untouched.
+    """
+    path, sidecar = artifact.path, sidecar_path(artifact.path)
+    written = artifact
+
+    def write_both(temporary: Path) -> None:
+        nonlocal written
+        write(temporary)
+        written = replace(artifact, sha256=digest(temporary))
+        previous = None
+        with contextlib.suppress(ArtifactError):  # a corrupt sidecar says nothing worth keeping
+            previous = _entry_of(path)
+        write_json(sidecar, {**written.to_sidecar(), **({} if previous is None else {"previous": previous})})
+
+    try:
+        write_whole(path, write_both)
+    except CheckpointError as error:
+        raise ArtifactError(str(error)) from error
+    with contextlib.suppress(CheckpointError):  # what the sidecar says about the file before does no harm
+        write_json(sidecar, written.to_sidecar())
+    return written
 
 
 def read_artifact(path: str | Path) -> Artifact:
@@ -67,27 +104,46 @@ def read_artifact(path: str | Path) -> Artifact:
     path = Path(path)
     sidecar = sidecar_path(path)
     if not path.is_file():
-        raise ArtifactError(f"There is no file {path}.")
+        raise ArtifactError(f"There is no file {path}. Write one with isogrid.export(model, path).")
     if not sidecar.is_file():
         raise ArtifactError(
             f"{path} has no sidecar {sidecar.name}, which says how to run it. Copy both, or export again."
         )
+    entry = _entry_of(path)
+    if entry is None:
+        raise ArtifactError(
+            f"{path} is corrupt or truncated: its digest is not the one in {sidecar.name}. Copy both, or export again."
+        )
     try:
-        data: dict[str, Any] = json.loads(sidecar.read_text(encoding="utf-8"))
+        return Artifact(
+            path=path,
+            target=str(entry["target"]),
+            session_options={str(name): str(value) for name, value in entry["session_options"].items()},
+            plan=Plan.from_json(json.dumps(entry["plan"])),
+            versions={str(name): str(value) for name, value in entry["versions"].items()},
+            sha256=entry["sha256"],
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, PlanError) as error:
+        raise _corrupt(sidecar, error) from error
+
+
+def _entry_of(path: Path) -> dict[str, Any] | None:
+    """What the sidecar says about the file as it is; None where it says nothing about it."""
+    sidecar = sidecar_path(path)
+    if not (path.is_file() and sidecar.is_file()):
+        return None
+    try:
+        data = json.loads(sidecar.read_text(encoding="utf-8"))
         if data["format"] > FORMAT:
             raise ArtifactError(f"{sidecar} is of a newer Isogrid (format {data['format']}). Upgrade Isogrid.")
-        artifact = Artifact(
-            path=path,
-            target=data["target"],
-            session_options=dict(data["session_options"]),
-            plan=Plan.from_json(json.dumps(data["plan"])),
-            versions=dict(data["versions"]),
-            sha256=data["sha256"],
-        )
+        content = digest(path)
+        entries = [data, *([data["previous"]] if "previous" in data else [])]
+        return next((entry for entry in entries if entry["sha256"] == content), None)
+    except OSError as error:
+        raise ArtifactError(f"Cannot read {path}: {error.strerror or error}.") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{sidecar} is corrupt: {type(error).__name__}: {error}. Export again.") from error
-    if digest(path) != artifact.sha256:
-        raise ArtifactError(
-            f"{path} is corrupt or truncated: its digest is not the one in {sidecar.name}. Export again."
-        )
-    return artifact
+        raise _corrupt(sidecar, error) from error
+
+
+def _corrupt(sidecar: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(f"{sidecar} is corrupt or truncated: {type(error).__name__}: {error}. Export again.")

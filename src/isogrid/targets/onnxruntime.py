@@ -3,32 +3,26 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import onnx
 import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from isogrid.errors import ArtifactError, TargetError
-from isogrid.files import digest, write_whole
+from isogrid.files import write_whole
 from isogrid.formats import Format, IntegerGrid, NativeGrid, PerChannel, PerGroup, PerTensor
-from isogrid.layers.nbits import BITS, BLOCKS
+from isogrid.layers.nbits import BITS, BLOCKS, quantizes_input
 from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
 from isogrid.planning.rules import Scheme
-from isogrid.targets.artifact import Artifact, read_artifact
+from isogrid.targets.artifact import Artifact, read_artifact, write_artifact
 from isogrid.targets.onnx_export import to_onnx
-from isogrid.targets.onnx_runtime_session import (
-    STATIC_OPTIONS,
-    WEIGHT_ONLY_OPTIONS,
-    float_layers,
-    intermediate_codes,
-    open_session,
-)
+from isogrid.targets.onnx_runtime_session import STATIC_OPTIONS, WEIGHT_ONLY_OPTIONS
+from isogrid.targets.onnxruntime_model import OnnxRuntimeModel
 
 STATIC_KINDS = ("linear", "convolution", "add", "concat", "average_pool")
 SESSION_OPTIONS = {**STATIC_OPTIONS, **WEIGHT_ONLY_OPTIONS}
@@ -65,7 +59,7 @@ class OnnxRuntime:
         elif scheme.arithmetic == "static" and call.kind != "embedding":
             self._check_static_weight(fmt, call)
         else:
-            self._check_grouped_weight(fmt, call)
+            self._check_grouped_weight(fmt, call, scheme)
 
     @staticmethod
     def _check_activation(fmt: Format, call: Call) -> None:
@@ -87,7 +81,7 @@ class OnnxRuntime:
             )
 
     @staticmethod
-    def _check_grouped_weight(fmt: Format, call: Call) -> None:
+    def _check_grouped_weight(fmt: Format, call: Call, scheme: Scheme) -> None:
         grid = fmt.grid
         symmetric = isinstance(grid, IntegerGrid) and not grid.midrise and fmt.is_symmetric and _plain_scale(fmt)
         if call.kind == "embedding":
@@ -101,6 +95,11 @@ class OnnxRuntime:
             raise TargetError(
                 f"{call.name!r}: MatMulNBits takes symmetric integer weights of {', '.join(map(str, BITS))} bits in "
                 f"groups of {', '.join(map(str, BLOCKS))} with a float32 scale, not {fmt}. Use int4/group32, say."
+            )
+        if scheme.arithmetic == "dynamic" and not quantizes_input(int(grid.bits), size, accuracy_level=4):
+            raise TargetError(
+                f"{call.name!r}: MatMulNBits has no kernel that quantises activations for {fmt}; it would compute in "
+                f"float instead. Use {_grid_name(fmt)}/group32, say, or a weight-only scheme."
             )
 
     def export(self, integer_model: nn.Module, plan: Plan, path: str | Path) -> Artifact:
@@ -116,86 +115,58 @@ class OnnxRuntime:
         inputs = tuple(torch.zeros(s.shape, dtype=getattr(torch, s.dtype)) for s in plan.inputs)
         proto = to_onnx(integer_model, inputs, input_names=names[: len(inputs)] or None)
         versions = _versions()
-        content = hashlib.sha256(proto.SerializeToString()).hexdigest()
         compact = json.dumps(json.loads(plan.to_json()), separators=(",", ":"))
-        onnx.helper.set_model_props(
-            proto, {"isogrid.plan": compact, "isogrid.versions": json.dumps(versions), "isogrid.digest": content}
-        )
-        write_whole(path, lambda temporary: temporary.write_bytes(proto.SerializeToString()))
-        artifact = Artifact(path, self.name, SESSION_OPTIONS, plan, versions, digest(path))
-        artifact.write_sidecar()
-        return artifact
+        properties = {
+            "isogrid.plan": compact,
+            "isogrid.versions": json.dumps(versions),
+            "isogrid.session_options": json.dumps(SESSION_OPTIONS),
+            "isogrid.digest": hashlib.sha256(_serialized(proto)).hexdigest(),
+        }
+        onnx.helper.set_model_props(proto, properties)
+        content = _serialized(proto)
+        artifact = Artifact(path, self.name, SESSION_OPTIONS, plan, versions, sha256="")
+        return write_artifact(artifact, lambda temporary: temporary.write_bytes(content))
 
-    def load(self, path: str | Path | Artifact, threads: int = 0) -> "LoadedModel":
+    def load(self, path: str | Path | Artifact, threads: int = 0) -> OnnxRuntimeModel:
         """A session that computes what was trained: the sidecar's options are applied.
+
+        Args:
+            path: of the file, or the artefact.
+            threads: within an operator; 0 leaves it to ONNX Runtime.
 
         Raises:
             ArtifactError: the file or its sidecar is missing, corrupt or truncated.
+            TargetError: ONNX Runtime cannot load it.
         """
-        return LoadedModel(path if isinstance(path, Artifact) else read_artifact(path), threads)
-
-
-class Observed(NamedTuple):
-    """What a runtime computed on the way.
-
-    Attributes:
-        outputs: of the model.
-        codes: of every quantised tensor, by name.
-        layers: input and output of every MatMulNBits, by the layer's path.
-    """
-
-    outputs: list[Tensor]
-    codes: dict[str, Tensor]
-    layers: dict[str, tuple[Tensor, Tensor]]
-
-
-class LoadedModel:
-    """An artefact in an ONNX Runtime session; call it with tensors.
-
-    Args:
-        artifact: read and checked.
-        threads: within an operator; 0 leaves it to ONNX Runtime.
-    """
-
-    def __init__(self, artifact: Artifact, threads: int = 0):
-        if artifact.target != OnnxRuntime.name:
-            raise ArtifactError(f"{artifact.path} is for {artifact.target}, not for {OnnxRuntime.name}.")
-        self.artifact = artifact
-        self.session = open_session(artifact.path, artifact.session_options, threads)
-        self.input_names = [entry.name for entry in self.session.get_inputs()]
-
-    def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """The model's outputs, as tensors on the CPU."""
-        return [torch.from_numpy(output) for output in self.session.run(None, self.feeds(inputs))]
-
-    def observe(self, *inputs: Tensor) -> "Observed":
-        """Run once more with every quantised tensor, and every float layer of few bits, as an output."""
-        path, options = self.artifact.path, self.artifact.session_options
-        feeds = self.feeds(inputs)
-        codes = {name: torch.from_numpy(values) for name, values in intermediate_codes(path, options, feeds).items()}
-        layers = {
-            name: (torch.from_numpy(x), torch.from_numpy(y))
-            for name, (x, y) in float_layers(path, options, feeds).items()
-        }
-        return Observed(self(*inputs), codes, layers)
-
-    def feeds(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
-        """Inputs by the names that the file has for them."""
-        if len(inputs) != len(self.input_names):
-            raise TargetError(f"The artefact takes {len(self.input_names)} inputs, not {len(inputs)}.")
-        return {name: x.detach().cpu().numpy() for name, x in zip(self.input_names, inputs, strict=True)}
+        artifact = path if isinstance(path, Artifact) else read_artifact(path)
+        if artifact.target != self.name:
+            raise ArtifactError(
+                f"{artifact.path} is for {artifact.target}, not for {self.name}. Load it with isogrid.load(path)."
+            )
+        return OnnxRuntimeModel(artifact, threads)
 
 
 def export_float(model: nn.Module, example_inputs: tuple[Any, ...], path: str | Path) -> Path:
     """Write a float model as ONNX, to hold latency and size against it."""
     path = Path(path)
-    proto = to_onnx(model.eval(), example_inputs)
-    write_whole(path, lambda temporary: temporary.write_bytes(proto.SerializeToString()))
+    content = _serialized(to_onnx(model.eval(), example_inputs))
+    write_whole(path, lambda temporary: temporary.write_bytes(content))
     return path
+
+
+def _serialized(proto: onnx.ModelProto) -> bytes:
+    size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    if size >= onnx.checker.MAXIMUM_PROTOBUF:
+        raise TargetError(f"The model's tensors take {size / 1e9:.1f} GB, and one ONNX file can hold 2 GB.")
+    return bytes(proto.SerializeToString())
 
 
 def _plain_scale(fmt: Format) -> bool:
     return fmt.scale is not None and fmt.scale.grid == NativeGrid(torch.float32)
+
+
+def _grid_name(fmt: Format) -> str:
+    return str(fmt).partition("/")[0]
 
 
 def _versions() -> dict[str, str]:

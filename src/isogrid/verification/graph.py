@@ -1,97 +1,70 @@
-"""The runtime's own graph: which arithmetic it chose for every layer."""
+"""The runtime's own graph: which arithmetic it chose for every multiplication, against what was planned."""
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from math import prod
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 
-import onnx
-import torch
-from torch import Tensor, nn
-
-from isogrid.layers.integer import IntegerLayer, PackedLinear
 from isogrid.planning.plan import Plan
-from isogrid.targets import Artifact
-from isogrid.targets.onnx_runtime_session import FLOAT_OPERATORS, INTEGER_OPERATORS, optimized_graph
+from isogrid.targets import RuntimeOperator
+from isogrid.verification.names import site_of
 from isogrid.verification.report import GraphCheck
+from isogrid.verification.survey import Work
 
-FLOAT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PLANNED = {"static": "integer", "dynamic": "integer", "weight_only": "float"}
+"""In which arithmetic a layer multiplies, by what its plan says."""
 
 
 def check_graph(
-    reference: nn.Module, artifact: Artifact, plan: Plan, inputs: tuple[Any, ...]
+    work: Sequence[Work],
+    examples: int,
+    operators: Sequence[RuntimeOperator],
+    producers: Mapping[str, RuntimeOperator],
+    plan: Plan,
 ) -> tuple[GraphCheck, ...]:
-    """For each layer that multiplies: the operator that ONNX Runtime runs, and whether that was planned.
+    """Hold the graph that a runtime really runs against the plan.
 
-    A quantised layer must run in integer arithmetic, under its own name. Operators that multiply and belong to no layer
-    are listed too; they hold only where nothing was quantised into them.
+    A planned layer must run under its own name in the arithmetic that was planned, and so must planned operations such
+    as additions. Whatever else multiplies was left in float, and must still be: a runtime that turns a float product
+    into an integer one computes what nobody trained for.
 
     Args:
-        reference: of `isogrid.convert`.
-        artifact: an ONNX file.
+        work: the calls that multiply in the reference.
+        examples: that this work was for.
+        operators: those that multiply in the runtime's graph.
+        producers: which operator makes the codes of each quantised tensor.
         plan: of the model.
-        inputs: one batch, to count multiplications.
     """
-    nodes = _multiplying_nodes(optimized_graph(artifact.path, artifact.session_options))
-    planned = {layer.path for layer in plan.layers}
-    # MatMulNBits reads integer weights everywhere, but multiplies in float where activations are float.
-    float_by_plan = {layer.path for layer in plan.layers if layer.arithmetic == "weight_only"}
-    checks = []
-    for path, macs in _macs(reference, inputs).items():
-        operator = nodes.pop(path, "nothing of its name")
-        arithmetic = "integer" if operator in INTEGER_OPERATORS else "float"
-        holds = arithmetic == "integer" or path not in planned
-        if path in float_by_plan:
-            arithmetic = "float"
-        checks.append(GraphCheck(path, operator, arithmetic, macs, holds))
-    for name, operator in nodes.items():
-        arithmetic = "integer" if operator in INTEGER_OPERATORS else "float"
-        checks.append(GraphCheck(name or "(unnamed)", operator, arithmetic, 0, True))
-    return tuple(checks)
+    planned = {layer.path: PLANNED[layer.arithmetic] for layer in plan.layers}
+    by_name = {operator.name: operator for operator in operators if operator.name}
+    checks, unmatched = [], []
+    for layer, path, total in work:
+        macs = total // max(1, examples)
+        found = by_name.pop(layer or "", None)
+        if found is not None or path in planned:
+            checks.append(_check(layer or path, found, planned.get(path, "float"), macs))
+        else:
+            unmatched.append((layer or path, macs))
+    matched = {id(operator) for operator in by_name.values()}
+    left = [operator for operator in operators if not operator.name or id(operator) in matched]
+    checks += list(_rest(unmatched, left))
+    return (*checks, *_operations(producers, plan))
 
 
-def _multiplying_nodes(model: onnx.ModelProto) -> dict[str, str]:
-    """Operators that multiply and accumulate, by the name of the layer they come from."""
-    return {
-        re.sub(r"(_token_\d+|_nchwc)+$", "", node.name): node.op_type
-        for node in model.graph.node
-        if node.op_type in INTEGER_OPERATORS | FLOAT_OPERATORS
-    }
+def _rest(work: Sequence[tuple[str, int]], operators: Sequence[RuntimeOperator]) -> Iterator[GraphCheck]:
+    """Multiplications that the runtime has renamed or merged, in order; all were left in float."""
+    for call, operator in zip_longest(work, operators):
+        name, macs = call or (operator.name or "(unnamed)", 0)
+        yield _check(name, operator, "float", macs) if operator else GraphCheck(name, "merged", "float", "float", macs)
 
 
-def _macs(reference: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int]:
-    """Multiplications with accumulation of each layer for one example."""
-    with _counting(reference) as found, torch.no_grad():
-        reference(*inputs)
-    return found
+def _operations(producers: Mapping[str, RuntimeOperator], plan: Plan) -> Iterator[GraphCheck]:
+    planned = {f"{operation.scope}.{operation.site}".lstrip(".") for operation in plan.operations}
+    for name, operator in producers.items():
+        path, _, kind = site_of(name).rpartition(".")
+        if path in planned and kind.startswith("output"):
+            yield _check(path, operator, "integer", 0)
 
 
-@contextmanager
-def _counting(reference: nn.Module) -> Iterator[dict[str, int]]:
-    found: dict[str, int] = {}
-    layers = {
-        name: module
-        for name, module in reference.named_modules()
-        if isinstance(module, (IntegerLayer, PackedLinear, *FLOAT_LAYERS))
-    }
-
-    def hook(name: str) -> Any:
-        def count(module: nn.Module, args: Any, output: Tensor) -> None:
-            found[name] = found.get(name, 0) + output.numel() // max(1, len(output)) * _products(module)
-
-        return count
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _products(module: Any) -> int:
-    """Products in one sum of a layer."""
-    if isinstance(module, PackedLinear):
-        return module.weight.shape[1] * module.block
-    return prod(module.weight.shape[1:])
+def _check(name: str, operator: RuntimeOperator | None, planned: str, macs: int) -> GraphCheck:
+    if operator is None:
+        return GraphCheck(name, "nothing of its name", "no", planned, macs)
+    return GraphCheck(name, operator.operator, operator.arithmetic, planned, macs)

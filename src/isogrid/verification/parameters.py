@@ -1,48 +1,43 @@
 """Stored tensors: what the file holds against what the model holds."""
 
-import onnx
+from collections.abc import Iterator, Mapping
+
 import torch
-from onnx import numpy_helper
 from torch import Tensor, nn
 
 from isogrid.layers.integer import IntegerModule
-from isogrid.targets import Artifact
 from isogrid.verification.report import ParameterCheck
 from isogrid.verification.tally import Tally
 
 
-def check_parameters(reference: nn.Module, artifact: Artifact) -> tuple[ParameterCheck, ...]:
+def check_parameters(reference: nn.Module, stored: Mapping[str, Tensor]) -> tuple[ParameterCheck, ...]:
     """Weight codes, scales, zero points and bias codes, each by its name in the file.
 
-    A zero point or scale that equals another may be stored once, under the other's name; weights never are.
+    Tensors that equal others may be stored once, under another's name. One that is nowhere in the file is missing;
+    those come last, for a tensor that was changed may have been the only copy of several.
 
     Args:
         reference: of `isogrid.convert`.
-        artifact: an ONNX file.
+        stored: the tensors of the file.
     """
-    stored = {t.name: t for t in onnx.load(artifact.path).graph.initializer}
-    checks = []
-    for name, expected in _tensors(reference).items():
+    checks, missing = [], []
+    values = list(stored.values())
+    for name, expected in _tensors(reference):
         if name in stored:
             tally = Tally()
-            tally.add(_values(stored[name]).reshape(-1), expected.reshape(-1))
+            tally.add(stored[name].reshape(-1), expected.reshape(-1))
             checks.append(ParameterCheck(name, *tally.counts))
-        elif name.endswith(".weight"):
-            checks.append(ParameterCheck(f"{name} (missing)", expected.numel(), expected.numel()))
-    return tuple(checks)
+        elif not any(_equal(value, expected) for value in values):
+            missing.append(ParameterCheck(name, expected.numel(), expected.numel(), missing=True))
+    return (*checks, *missing)
 
 
-def _tensors(reference: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{path}.{name}": tensor
-        for path, module in reference.named_modules()
-        if isinstance(module, IntegerModule) or hasattr(module, "weight_scale")
-        for name, tensor in module.named_buffers(recurse=False)
-    }
+def _tensors(reference: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for path, module in reference.named_modules():
+        if isinstance(module, IntegerModule) or hasattr(module, "weight_scale"):
+            for name, tensor in module.named_buffers(recurse=False):
+                yield f"{path}.{name}".lstrip("."), tensor
 
 
-def _values(tensor: onnx.TensorProto) -> Tensor:
-    array = numpy_helper.to_array(tensor)
-    # The narrow integers come as ml_dtypes, which torch does not know.
-    wide = array.astype("float32") if array.dtype.kind == "V" or array.dtype.itemsize == 1 else array
-    return torch.from_numpy(wide.copy())
+def _equal(value: Tensor, expected: Tensor) -> bool:
+    return value.numel() == expected.numel() and torch.equal(value.reshape(-1).double(), expected.reshape(-1).double())

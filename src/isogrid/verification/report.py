@@ -1,63 +1,39 @@
 """The verification report: what was compared, what differs, and whether every bound holds."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
+from isogrid.verification.printing import printed, report_table
 
-@dataclass(frozen=True)
-class SiteCheck:
-    """Codes of one quantised tensor, runtime against reference.
+TOP1_BOUND = 0.99
+"""Where float arithmetic is not reproduced bit for bit, this share of answers must agree, or all but one."""
 
-    Attributes:
-        name: of the site.
-        compared, differing: how many codes.
-        max_difference: the largest distance between two codes.
-    """
+KL_BOUND = 1e-3
+"""And the answers' distributions may differ by this many nats on average."""
 
-    name: str
-    compared: int
-    differing: int
-    max_difference: int
-
-    @property
-    def holds(self) -> bool:
-        """Whether all codes are equal."""
-        return self.differing == 0
-
-
-@dataclass(frozen=True)
-class ReplayCheck:
-    """One operation, computed by the reference on the runtime's own inputs.
-
-    Attributes:
-        name: of the operation's output.
-        compared, differing: values or codes.
-        max_difference: in codes, or relative to the largest value where the output is float.
-        bound: the largest difference allowed.
-    """
-
-    name: str
-    compared: int
-    differing: int
-    max_difference: float
-    bound: float
-
-    @property
-    def holds(self) -> bool:
-        """Whether the difference is within the bound."""
-        return self.max_difference <= self.bound
+METRIC_BOUND = 0.01
+"""And the task's metric by this share of its value, or by one example's weight."""
 
 
 @dataclass(frozen=True)
 class ParameterCheck:
-    """One stored tensor, file against reference: weight codes, scales, zero points, bias codes."""
+    """One stored tensor, file against reference: weight codes, scales, zero points, bias codes.
+
+    Attributes:
+        name: in the file.
+        compared, differing: entries.
+        missing: whether the file has no such tensor.
+    """
 
     name: str
     compared: int
     differing: int
+    missing: bool = False
 
     @property
     def holds(self) -> bool:
@@ -67,66 +43,176 @@ class ParameterCheck:
 
 @dataclass(frozen=True)
 class GraphCheck:
-    """What the runtime made of one layer.
+    """What the runtime made of one operator that multiplies.
 
     Attributes:
-        name: of the layer.
-        operator: the runtime's operator.
-        arithmetic: "integer" or "float".
+        name: of the layer or operation.
+        operator: the runtime's own, which may be several fused into one.
+        arithmetic: "integer", "float", or "no" where there is no such operator.
+        planned: "integer" or "float".
         macs: multiplications with accumulation for one example.
-        holds: whether this is what was planned.
     """
 
     name: str
     operator: str
     arithmetic: str
+    planned: str
     macs: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether this is what was planned."""
+        return self.arithmetic == self.planned
+
+
+@dataclass(frozen=True)
+class ReplayCheck:
+    """One operation, computed by the reference on the runtime's own inputs.
+
+    Attributes:
+        name: of the operation's output.
+        operator: the runtime's.
+        compared, differing: values or codes. Codes count as differing only where a float difference within the bound
+            does not explain them.
+        max_difference: in codes, or relative to the largest value where the output is float.
+        bound: the largest difference that is allowed, of float values; 0 where all is integer.
+        of_codes: whether codes were compared.
+    """
+
+    name: str
+    operator: str
+    compared: int
+    differing: int
+    max_difference: float
+    bound: float
+    of_codes: bool
+
+    @property
+    def holds(self) -> bool:
+        """Whether the difference is within the bound."""
+        return self.differing == 0 or (not self.of_codes and self.max_difference <= self.bound)
+
+
+@dataclass(frozen=True)
+class SiteCheck:
+    """Codes of one quantised tensor, runtime against reference, both from the same inputs of the model.
+
+    Attributes:
+        name: of the site.
+        compared, differing: how many codes.
+        max_difference: the largest distance between two codes.
+        exact: whether no float arithmetic lies before it, so that the codes must be equal.
+    """
+
+    name: str
+    compared: int
+    differing: int
+    max_difference: float
+    exact: bool = True
+
+    @property
+    def holds(self) -> bool:
+        """Whether all codes are equal, where they must be."""
+        return self.differing == 0 or not self.exact
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """One output of the model; attributes as for `SiteCheck`, differences absolute."""
+
+    name: str
+    compared: int
+    differing: int
+    max_difference: float
+    exact: bool = True
+
+    @property
+    def holds(self) -> bool:
+        """Whether all values are equal, where they must be."""
+        return self.differing == 0 or not self.exact
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A figure of the whole model: what was measured, and what was demanded in words."""
+
+    name: str
+    measured: float
+    demanded: str
     holds: bool
 
 
 @dataclass(frozen=True)
 class EndToEnd:
-    """Outputs of the whole model, runtime against reference.
+    """The model's outputs, runtime against reference.
 
     Attributes:
-        examples: how many.
-        logits_equal: bit for bit.
+        examples: how many were run.
+        logits_equal: whether all outputs are equal, every bit.
         max_difference: of outputs, absolute.
-        top1_agreement: share of examples with the same largest output, in [0, 1].
-        kl: mean Kullback-Leibler divergence of the softmax outputs, reference to runtime, in nats.
+        top1_agreement: share of rows of the first output with the same largest entry, in [0, 1]; None where it cannot
+            be scores of classes.
+        kl: mean Kullback-Leibler divergence of its softmax, reference to runtime, in nats; or None.
         metric, reference_metric: of the task, where one was given.
+        rows: how many rows of scores were compared.
+        not_finite: rows that were left out, for they hold NaN or infinity.
     """
 
     examples: int
     logits_equal: bool
     max_difference: float
-    top1_agreement: float
-    kl: float
+    top1_agreement: float | None = None
+    kl: float | None = None
     metric: float | None = None
     reference_metric: float | None = None
+    rows: int = 0
+    not_finite: int = 0
+
+    @property
+    def bounds(self) -> tuple[Bound, ...]:
+        """What is demanded of these figures; models that are exact fulfil them with equality."""
+        found = []
+        if self.top1_agreement is not None:
+            least = min(TOP1_BOUND, 1 - 1 / self.rows)
+            found.append(
+                Bound("top-1 agreement", self.top1_agreement, f"at least {least:.2%}", self.top1_agreement >= least)
+            )
+        if self.kl is not None:
+            found.append(Bound("KL divergence", self.kl, f"at most {KL_BOUND:g}", self.kl <= KL_BOUND))
+        if self.metric is not None and self.reference_metric is not None:
+            reach = max(METRIC_BOUND * abs(self.reference_metric), 1 / self.examples)
+            same = math.isnan(self.metric) and math.isnan(self.reference_metric)
+            holds = same or abs(self.metric - self.reference_metric) <= reach
+            demanded = f"{self.reference_metric:.6g} ± {reach:.2g}"
+            found.append(Bound("metric", self.metric, demanded, holds))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """All checks of one artefact; true where every bound holds.
+    """All checks of one artefact; true where every bound holds. It prints as a table, in Rich and without.
 
     Attributes:
         artifact: path; target: name of the runtime.
-        exact: whether the arithmetic promises equality bit for bit, as static integers do.
-        parameters, sites, replays, graph: the checks.
-        end_to_end: outputs.
-        problems: what no row can hold, such as a site that the file does not have.
+        parameters, graph, replays, sites, outputs: the checks.
+        end_to_end: of whole outputs.
+        problems: what no check can hold, such as a site that the file does not have.
     """
 
     artifact: str
     target: str
-    exact: bool
     parameters: tuple[ParameterCheck, ...]
-    sites: tuple[SiteCheck, ...]
-    replays: tuple[ReplayCheck, ...]
     graph: tuple[GraphCheck, ...]
+    replays: tuple[ReplayCheck, ...]
+    sites: tuple[SiteCheck, ...]
+    outputs: tuple[OutputCheck, ...]
     end_to_end: EndToEnd
     problems: tuple[str, ...] = field(default=())
+
+    @property
+    def exact(self) -> bool:
+        """Whether equality bit for bit is demanded of all codes and outputs, as static integers promise."""
+        return all(site.exact for site in self.sites) and all(output.exact for output in self.outputs)
 
     @property
     def compared_codes(self) -> int:
@@ -142,69 +228,68 @@ class VerificationReport:
     def failures(self) -> list[str]:
         """What does not hold, in words, the cause before its consequences."""
         lines = list(self.problems)
+        lines += [_parameter_failure(c) for c in self.parameters if not c.holds]
         lines += [
-            f"stored tensor {c.name}: {c.differing} of {c.compared} entries differ"
-            for c in self.parameters
+            f"layer {c.name} runs as {c.operator} in {c.arithmetic} arithmetic, not in {c.planned} as planned"
+            for c in self.graph
+            if not c.holds
+        ]
+        lines += [_replay_failure(c) for c in self.replays if not c.holds]
+        lines += [
+            f"site {c.name}: {c.differing:,} of {c.compared:,} codes differ, by up to {c.max_difference:g}"
+            for c in self.sites
             if not c.holds
         ]
         lines += [
-            f"operation {c.name}: {c.differing} of {c.compared} values differ on the runtime's own inputs, "
-            f"by up to {c.max_difference:g} (bound {c.bound:g})"
-            for c in self.replays
+            f"{c.name}: {c.differing:,} of {c.compared:,} values differ, by up to {c.max_difference:.3g}"
+            for c in self.outputs
             if not c.holds
         ]
         lines += [
-            f"layer {c.name} runs as {c.operator} in {c.arithmetic} arithmetic" for c in self.graph if not c.holds
+            f"{b.name} is {b.measured:.6g}, demanded is {b.demanded}" for b in self.end_to_end.bounds if not b.holds
         ]
-        if self.exact:
-            lines += [f"site {c.name}: {c.differing} of {c.compared} codes differ" for c in self.sites if not c.holds]
-            if not self.end_to_end.logits_equal:
-                lines.append(f"outputs differ by up to {self.end_to_end.max_difference:g}")
         return lines
 
     def __bool__(self) -> bool:
         return not self.failures
 
     def to_json(self) -> str:
-        """The report as JSON text."""
-        return json.dumps({**asdict(self), "holds": bool(self), "failures": self.failures}, indent=1)
+        """The report as JSON text; a figure that is NaN or infinite is null."""
+        data = {**asdict(self), "holds": bool(self), "exact": self.exact, "failures": self.failures}
+        return json.dumps(_finite(data), indent=1, allow_nan=False)
 
     def table(self) -> Table:
-        """The checks as one Rich table."""
-        end = self.end_to_end
-        table = Table(title=f"{self.artifact} in {self.target}", title_justify="left")
-        for column in ("check", "compared", "differing", "holds"):
-            table.add_column(column, justify="left" if column == "check" else "right")
-        stored = (sum(c.compared for c in self.parameters), sum(c.differing for c in self.parameters))
-        replayed = (sum(c.compared for c in self.replays), sum(c.differing for c in self.replays))
-        integer = sum(c.macs for c in self.graph if c.arithmetic == "integer")
-        outputs = "none" if end.logits_equal else f"up to {end.max_difference:.3g}"
-        rows = (
-            ("stored codes, scales and zero points", *stored, all(c.holds for c in self.parameters)),
-            ("codes at every quantised tensor", self.compared_codes, self.differing_codes, self.differing_codes == 0),
-            ("operations on the runtime's own inputs", *replayed, all(c.holds for c in self.replays)),
-            ("outputs, examples", end.examples, outputs, end.logits_equal or not self.exact),
-        )
-        for name, compared, differing, holds in rows:
-            table.add_row(name, f"{compared:,}", str(differing), "yes" if holds else "no")
-        macs = sum(c.macs for c in self.graph)
-        table.add_row(
-            "multiplications in integers",
-            f"{macs:,}",
-            f"{macs - integer:,}",
-            "yes" if all(c.holds for c in self.graph) else "no",
-        )
-        table.add_section()
-        table.add_row("top-1 agreement", f"{end.top1_agreement:.2%}", "", "")
-        table.add_row("KL divergence", f"{end.kl:.3g}", "", "")
-        if end.metric is not None and end.reference_metric is not None:
-            table.add_row("metric, runtime and reference", f"{end.metric:.4f}", f"{end.reference_metric:.4f}", "")
-        return table
+        """The checks as one Rich table, up to 100 columns wide."""
+        return report_table(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from printed(self)
 
     def __str__(self) -> str:
-        console = Console(width=110)
+        console = Console(width=100, color_system=None)
         with console.capture() as capture:
-            console.print(self.table())
-            for line in self.failures:
-                console.print(f"FAILS: {line}", markup=False, highlight=False)
-        return capture.get().rstrip()
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _parameter_failure(check: ParameterCheck) -> str:
+    if check.missing:
+        return f"stored tensor {check.name} is not in the file"
+    return f"stored tensor {check.name}: {check.differing:,} of {check.compared:,} entries differ"
+
+
+def _replay_failure(check: ReplayCheck) -> str:
+    what, unit = ("codes", "codes") if check.of_codes else ("values", "of the largest")
+    bound = "0" if check.bound == 0 else f"{check.bound:g} relative"
+    return (
+        f"operation {check.name}: {check.differing:,} of {check.compared:,} {what} differ on the runtime's own inputs, "
+        f"by up to {check.max_difference:.3g} {unit} (bound {bound})"
+    )
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {name: _finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

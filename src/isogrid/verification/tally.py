@@ -5,12 +5,12 @@ from torch import Tensor
 
 
 class Tally:
-    """How many entries were compared, how many differ, and by how much.
+    """How many entries were compared, how many differ, and by how much. NaN is equal to NaN.
 
     Attributes:
         compared, differing: entries.
         largest: the largest absolute difference; infinite where NaN meets a number, or shapes differ.
-        reach: the largest magnitude on the expected side.
+        reach: the largest finite magnitude on the expected side.
 
     >>> tally = Tally()
     >>> tally.add(torch.tensor([1, 2, 5]), torch.tensor([1, 2, 3]))
@@ -39,10 +39,12 @@ class Tally:
             self.differing += expected.numel()
             self.largest = float("inf")
             return
+        if expected.is_floating_point() and expected.numel():
+            self.reach = max(self.reach, float(expected.abs().nan_to_num(posinf=0.0).max()))
+        if torch.equal(actual.to(expected.dtype), expected) and actual.dtype == expected.dtype:
+            return
         a, b = actual.double(), expected.double()
         differs = ~((a == b) | (a.isnan() & b.isnan()))
         self.differing += int(differs.sum())
         if differs.any():
             self.largest = max(self.largest, float((a - b)[differs].abs().nan_to_num(nan=torch.inf).max()))
-        if b.numel():
-            self.reach = max(self.reach, float(b.abs().nan_to_num().max()))

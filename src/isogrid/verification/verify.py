@@ -1,6 +1,7 @@
 """Verify: hold everything a runtime computes against `convert(model)`."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,167 +10,166 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from isogrid.errors import ArtifactError
-from isogrid.planning.convert import convert, watched
+from isogrid.planning.convert import convert
 from isogrid.planning.plan import Plan
 from isogrid.planning.state import prepared_state
-from isogrid.targets import Artifact, LoadedModel, read_artifact, target_from_name
+from isogrid.targets import Artifact, LoadedModel, Observed, load_artifact, read_artifact
 from isogrid.training.calibration import arguments_of
 from isogrid.verification.graph import check_graph
+from isogrid.verification.names import Paths, site_of
+from isogrid.verification.outputs import Metric, Outputs, batch_size
 from isogrid.verification.parameters import check_parameters
-from isogrid.verification.report import EndToEnd, ReplayCheck, SiteCheck, VerificationReport
+from isogrid.verification.reference import Quantization, View, viewed
+from isogrid.verification.replay import Replays
+from isogrid.verification.report import SiteCheck, VerificationReport
+from isogrid.verification.survey import survey
 from isogrid.verification.tally import Tally
-
-RELATIVE_BOUND = 1e-6
-"""Float outputs agree to this share of the largest output where the runtime adds up in an order of its own."""
 
 
 def verify_artifact(
     model: nn.Module,
     artifact: Artifact | str | Path,
     batches: Iterable[Any],
-    metric: Callable[[Tensor, Any], float] | None = None,
+    metric: Metric | None = None,
 ) -> VerificationReport:
     """Run an artefact on data and compare stored tensors, codes, single operations, the graph and the outputs.
 
     Args:
-        model: prepared, or already converted.
+        model: prepared, or already converted; it is left as it is.
         artifact: what was exported from it, or its path.
         batches: as for `isogrid.calibrate`; at least one example in all.
-        metric: of (outputs, batch); averaged over the batches, weighted by examples.
+        metric: of (outputs, batch), outputs as the model returns them; averaged over the batches, weighted by examples.
 
     Raises:
         ArtifactError: the file is missing, corrupt or truncated; or there is no data to verify with.
+        TargetError: the runtime cannot run the file, or not on these inputs.
     """
     artifact = read_artifact(artifact.path if isinstance(artifact, Artifact) else artifact)
     plan = prepared_state(model).plan
-    reference = convert(model)
-    loaded = target_from_name(artifact.target).load(artifact)
-    run = _Run(reference, loaded, plan)
+    verification = _Verification(convert(model).cpu(), load_artifact(artifact), plan, metric)
     for batch in batches:
-        run.add(batch, metric)
-    if run.end.examples == 0:
-        raise ArtifactError("There is nothing to verify with. Pass at least one batch with at least one example.")
-    exact = all(layer.arithmetic == "static" for layer in plan.layers if layer.input is not None) and bool(run.sites)
-    return VerificationReport(
-        artifact=str(artifact.path),
-        target=artifact.target,
-        exact=exact,
-        parameters=check_parameters(reference, artifact),
-        sites=tuple(SiteCheck(name, *tally.counts, int(tally.largest)) for name, tally in run.sites.items()),
-        replays=tuple(run.replay_checks()),
-        graph=check_graph(reference, artifact, plan, run.first_inputs),
-        end_to_end=run.end.result(),
-        problems=tuple(run.problems()),
-    )
+        verification.add(batch)
+    return verification.report()
 
 
-class _Run:
+class _Verification:
     """Runs both models batch by batch and keeps tallies."""
 
-    def __init__(self, reference: nn.Module, loaded: LoadedModel, plan: Plan):
-        self.reference, self.loaded, self.plan = reference, loaded, plan
+    def __init__(self, reference: nn.Module, loaded: LoadedModel, plan: Plan, metric: Metric | None):
+        self.reference, self.loaded, self.plan, self.metric = reference, loaded, plan, metric
+        self.paths = Paths(reference)
         self.sites: dict[str, Tally] = {}
-        self.replays: dict[str, Tally] = {}
-        self.float_replays: dict[str, Tally] = {}
+        self.exact: dict[str, bool] = {}
         self.unknown: set[str] = set()
-        self.end = _EndToEndTally()
-        self.first_inputs: tuple[Any, ...] = ()
+        self.first: tuple[Any, ...] | None = None
+        self.output_counts = (0, 0)
 
-    def add(self, batch: Any, metric: Callable[[Tensor, Any], float] | None) -> None:
-        inputs = arguments_of(batch, len(self.plan.inputs))
-        if any(isinstance(x, Tensor) and x.numel() == 0 for x in inputs):
+    def add(self, batch: Any) -> None:
+        """One batch; an empty one is skipped."""
+        inputs = inputs_of(batch, self.loaded.input_names)
+        examples = batch_size(inputs)
+        if examples == 0:
             return
-        self.first_inputs = self.first_inputs or inputs
-        seen = self.loaded.observe(*inputs)
-        codes: dict[str, Tensor] = {}
-
-        def note(name: str, values: Tensor) -> Tensor:
-            codes[name] = values
-            return values
-
-        with torch.no_grad(), watched(self.reference, note):
-            expected = _first_tensor(self.reference(*inputs))
+        if self.first is None:
+            self._begin(inputs)
+        noted = _Notes()
+        with torch.no_grad(), viewed(self.reference, noted):
+            result = self.reference(*inputs)
+        seen = self._observed(inputs, noted.seen)
+        expected = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.output_counts = len(seen.outputs), len(expected)
         for name, values in seen.codes.items():
-            if name in codes:
-                self.sites.setdefault(site_of(name), Tally()).add(values, codes[name])
+            if name in noted.seen:
+                site = site_of(name)
+                self.sites.setdefault(site, Tally()).add(values, noted.seen[name])
+                self.exact[site] = self.exact.get(site, True) and self.survey.codes_from[name].exact
             else:
                 self.unknown.add(name)
-        self._replay(inputs, seen.codes, seen.outputs[0])
-        self._replay_float(seen.layers)
-        self.end.add(seen.outputs[0], expected, batch, metric)
+        self.replays.add(inputs, seen, noted.seen, expected)
+        self.outputs.add(seen.outputs, result, batch, examples)
 
-    def _replay(self, inputs: tuple[Any, ...], seen: dict[str, Tensor], outputs: Tensor) -> None:
-        """Every operation of the reference on the codes that the runtime had before it."""
+    def _observed(self, inputs: tuple[Any, ...], noted: Mapping[str, Tensor]) -> Observed:
+        """What the runtime computes, under the reference's names and in its shapes."""
+        outputs, codes, layers = self.loaded.observe(*inputs)
+        named = self.paths.tensors(codes)
+        for name in named.keys() & noted.keys():
+            if named[name].numel() == noted[name].numel():  # a file may have the rows of a Linear before their shape
+                named[name] = named[name].reshape(noted[name].shape)
+        return Observed(outputs, named, dict(zip(self.paths.calls(layers), layers.values(), strict=True)))
 
-        def substitute(name: str, values: Tensor) -> Tensor:
-            if name not in seen:
-                return values
-            self.replays.setdefault(site_of(name), Tally()).add(seen[name], values)
-            return seen[name]
+    def _begin(self, inputs: tuple[Any, ...]) -> None:
+        self.first = inputs
+        self.survey = survey(self.reference, inputs)
+        self.replays = Replays(self.reference, self.survey)
+        self.outputs = Outputs(self.survey.outputs, self.metric)
 
-        with torch.no_grad(), watched(self.reference, substitute):
-            replayed = _first_tensor(self.reference(*inputs))
-        if seen:
-            self.float_replays.setdefault("outputs", Tally()).add(outputs, replayed)
+    def report(self) -> VerificationReport:
+        """All checks."""
+        if self.first is None:
+            raise ArtifactError("There is nothing to verify with. Pass at least one batch with at least one example.")
+        producers = self.paths.tensors(self.loaded.producers())
+        operators = self.loaded.multiplications()
+        names = self.paths.calls(operator.name for operator in operators)
+        operators = tuple(replace(op, name=name) for op, name in zip(operators, names, strict=True))
+        return VerificationReport(
+            artifact=str(self.loaded.artifact.path),
+            target=self.loaded.artifact.target,
+            parameters=check_parameters(self.reference, self.paths.tensors(self.loaded.stored())),
+            graph=check_graph(self.survey.work, batch_size(self.first), operators, producers, self.plan),
+            replays=tuple(self.replays.checks({name: op.operator for name, op in producers.items()})),
+            sites=tuple(
+                SiteCheck(name, *tally.counts, tally.largest, self.exact[name]) for name, tally in self.sites.items()
+            ),
+            outputs=self.outputs.checks(),
+            end_to_end=self.outputs.result(),
+            problems=tuple(self._problems()),
+        )
 
-    def _replay_float(self, layers: dict[str, tuple[Tensor, Tensor]]) -> None:
-        for name, (x, y) in layers.items():
-            with torch.no_grad():
-                self.float_replays.setdefault(name, Tally()).add(y, self.reference.get_submodule(name)(x))
-
-    def replay_checks(self) -> Iterator[ReplayCheck]:
-        """The checks of single operations, codes first."""
-        for name, tally in self.replays.items():
-            yield ReplayCheck(name, *tally.counts, tally.largest, 0.0)
-        for name, tally in self.float_replays.items():
-            yield ReplayCheck(name, *tally.counts, tally.relative, RELATIVE_BOUND)
-
-    def problems(self) -> Iterator[str]:
-        """Quantised tensors that only one side knows."""
+    def _problems(self) -> Iterator[str]:
+        """What only one side knows."""
+        if self.loaded.artifact.plan != self.plan:
+            yield "the artefact was exported by another plan than this model's; export it again"
+        runtime, reference = self.output_counts
+        if runtime != reference:
+            yield f"the artefact has {runtime} outputs and the model {reference}"
+        for site in self.plan.sites:
+            if site.kind != "weight" and site.name not in self.sites:
+                yield f"site {site.name}: the artefact does not quantise it"
         for name in sorted(self.unknown):
-            yield f"the artefact has a quantised tensor {name!r} that the model does not have"
-        if self.sites or self.plan.operations:
-            for site in self.plan.sites:
-                if site.kind != "weight" and site.name not in self.sites:
-                    yield f"the artefact has no quantised tensor for the site {site.name!r}"
+            yield f"quantised tensor {name}: only the artefact has it, not the model"
 
 
-class _EndToEndTally:
-    """Statistics of whole outputs."""
+class _Notes(View):
+    """The codes of every quantised tensor."""
 
     def __init__(self) -> None:
-        self.examples = 0
-        self.equal = True
-        self.largest = self.agreeing = self.kl = self.metric = self.reference_metric = 0.0
-        self.has_metric = False
+        self.seen: dict[str, Tensor] = {}
 
-    def add(self, actual: Tensor, expected: Tensor, batch: Any, metric: Any) -> None:
-        count = len(actual)
-        self.examples += count
-        self.equal = self.equal and torch.equal(actual, expected)
-        self.largest = max(self.largest, float((actual - expected).abs().max()))
-        self.agreeing += float((actual.argmax(-1) == expected.argmax(-1)).float().mean()) * count
-        log_p, log_q = expected.double().log_softmax(-1), actual.double().log_softmax(-1)
-        self.kl += float((log_p.exp() * (log_p - log_q)).sum(-1).mean()) * count
-        if metric is not None:
-            self.has_metric = True
-            self.metric += metric(actual, batch) * count
-            self.reference_metric += metric(expected, batch) * count
-
-    def result(self) -> EndToEnd:
-        n = self.examples
-        metrics = (self.metric / n, self.reference_metric / n) if self.has_metric else (None, None)
-        return EndToEnd(n, self.equal, self.largest, self.agreeing / n, self.kl / n, *metrics)
+    def codes(self, name: str, codes: Tensor, source: Quantization | None) -> Tensor:
+        self.seen[name] = codes
+        return codes
 
 
-def site_of(name: str) -> str:
-    """A quantised tensor's name in the file as the plan has it.
+def inputs_of(batch: Any, names: Sequence[str]) -> tuple[Any, ...]:
+    """The inputs of a model in a batch as a loader gives it, on the CPU.
 
-    >>> site_of("layer1.operations.sites.add.output")
-    'layer1.add.output'
+    Args:
+        batch: a tensor, a sequence that begins with the inputs, or a dictionary that has them by name.
+        names: of the model's arguments, in order.
+
+    Raises:
+        ArtifactError: a dictionary lacks an input.
+
+    >>> inputs_of({"label": 1, "y": torch.ones(1), "x": torch.zeros(1)}, ["x", "y"])
+    (tensor([0.]), tensor([1.]))
     """
-    return name.replace("operations.sites.", "")
-
-
-def _first_tensor(outputs: Any) -> Tensor:
-    return next(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+    if isinstance(batch, Mapping):
+        missing = [name for name in names if name not in batch]
+        if missing:
+            raise ArtifactError(
+                f"A batch has no {missing[0]!r}; it has {', '.join(map(str, batch))}. "
+                f"The artefact takes {', '.join(names)}."
+            )
+        batch = [batch[name] for name in names]
+    arguments = arguments_of(batch, len(names))
+    return tuple(x.detach().cpu() if isinstance(x, Tensor) else x for x in arguments)

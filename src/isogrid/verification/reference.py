@@ -1,0 +1,100 @@
+"""The reference at work: `convert(model)` with every quantised tensor and every packed layer in view."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from isogrid.layers.integer import IntegerLayer, PackedLinear
+from isogrid.planning.convert import watched
+from isogrid.verification.names import Names
+
+LAYERS = (IntegerLayer, PackedLinear, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Modules that multiply, and after which the runtime's operators are named."""
+
+
+class Quantization(NamedTuple):
+    """A call that made codes of float values."""
+
+    x: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    low: int
+    high: int
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The codes of other values on the same grid."""
+        return torch.ops.isogrid.quantize(x, *self[1:])  # type: ignore[no-any-return]
+
+
+class View:
+    """What happens at each point in view; as it stands, nothing does."""
+
+    def started(self, path: str, layer: str | None) -> None:
+        """A module's call begins; `layer` is its name in the graph where it is a layer that multiplies."""
+
+    def finished(self) -> None:
+        """The call that began last is over."""
+
+    def codes(self, name: str, codes: Tensor, source: Quantization | None) -> Tensor:
+        """At a quantised tensor; the run goes on with the codes returned. `source` is None behind integer kernels."""
+        return codes
+
+    def entering(self, name: str, x: Tensor) -> Tensor:
+        """At the input of a packed layer; the run goes on with the values returned."""
+        return x
+
+    def leaving(self, name: str, y: Tensor) -> Tensor:
+        """At the output of a packed layer; the run goes on with the values returned."""
+        return y
+
+
+@contextmanager
+def viewed(reference: nn.Module, view: View) -> Iterator[None]:
+    """While open, a run of the reference shows itself to a view. One run, for calls are numbered."""
+    calls, names, sources = Counter[str](), Names(), _Sources()  # type: ignore[no-untyped-call]
+    layers: list[str] = []
+
+    def enter(path: str, module: nn.Module, args: Any) -> Any:
+        calls[path] += 1
+        layer = names.next(path) if isinstance(module, LAYERS) else None
+        view.started(path, layer)
+        if layer is None or not isinstance(module, PackedLinear):
+            return None
+        layers.append(layer)
+        return (view.entering(layer, args[0]),)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        view.finished()
+        return view.leaving(layers.pop(), output) if isinstance(module, PackedLinear) else None
+
+    def watch(name: str, codes: Tensor) -> Tensor:
+        count = calls[name.rpartition(".")[0]]
+        source = sources.last if sources.codes is codes else None
+        return view.codes(name if count == 1 else f"{name}_{count}", codes, source)
+
+    with ExitStack() as stack:
+        for path, module in reference.named_modules():
+            stack.callback(module.register_forward_pre_hook(partial(enter, path)).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
+        stack.enter_context(watched(reference, watch))
+        stack.enter_context(sources)
+        yield
+
+
+class _Sources(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Remembers the latest quantisation: `last` made `codes`."""
+
+    last: Quantization | None = None
+    codes: Tensor | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.isogrid.quantize.default:
+            self.last, self.codes = Quantization(*args), result
+        return result

@@ -1,0 +1,120 @@
+"""Replay: every operation of the reference on the inputs that the runtime had for it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from isogrid.targets import Observed
+from isogrid.verification.names import site_of
+from isogrid.verification.reference import Quantization, View, viewed
+from isogrid.verification.report import ReplayCheck
+from isogrid.verification.survey import Survey
+from isogrid.verification.tally import Tally
+
+RELATIVE_BOUND = 1e-6
+"""A float operation agrees to this share of its largest output, where the runtime adds up in an order of its own."""
+
+
+class Replays:
+    """Tallies of replayed operations over many batches.
+
+    At each quantised tensor, and at each packed layer's input and output, the reference goes on with what the runtime
+    had there. A difference is thus counted once, where it arises, and no early difference can hide a later one.
+
+    Args:
+        reference: of `isogrid.convert`.
+        survey: of it.
+    """
+
+    def __init__(self, reference: nn.Module, survey: Survey):
+        self.reference, self.survey = reference, survey
+        self.codes: dict[str, Tally] = {}
+        self.values: dict[str, Tally] = {}
+        self.bounds: dict[str, float] = {}
+
+    def add(
+        self, inputs: tuple[Any, ...], seen: Observed, noted: Mapping[str, Tensor], expected: Sequence[Tensor]
+    ) -> None:
+        """Replay one batch.
+
+        Args:
+            inputs: of the model.
+            seen: what the runtime computed.
+            noted: the codes that the reference had on its own; where all are the runtime's, its run was the replay.
+            expected: the outputs that the reference had on its own.
+        """
+        if seen.codes and not seen.layers and all(_same(noted.get(name), codes) for name, codes in seen.codes.items()):
+            for name, codes in seen.codes.items():
+                self._of_codes(name).add(codes, noted[name])
+        else:
+            with torch.no_grad(), viewed(self.reference, _Substitution(self, seen)):
+                result = self.reference(*inputs)
+            expected = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        for number, (actual, output) in enumerate(zip(seen.outputs, expected, strict=False)):
+            name = "output" if len(expected) == 1 else f"output {number}"
+            self._of_values(name, self.survey.outputs[number].depth).add(actual, output)
+
+    def _of_codes(self, name: str) -> Tally:
+        site = site_of(name)
+        self.bounds[site] = self.survey.codes_from[name].depth * RELATIVE_BOUND
+        return self.codes.setdefault(site, Tally())
+
+    def _of_values(self, name: str, operations: int) -> Tally:
+        self.bounds[name] = operations * RELATIVE_BOUND
+        return self.values.setdefault(name, Tally())
+
+    def checks(self, operators: Mapping[str, str]) -> Iterator[ReplayCheck]:
+        """One check for each quantised tensor, packed layer and output.
+
+        Args:
+            operators: of the runtime, by the name of what they compute.
+        """
+        by_site = {site_of(name): operator for name, operator in operators.items()}
+        for name, tally in self.codes.items():
+            operator = by_site.get(name, "")
+            yield ReplayCheck(name, operator, *tally.counts, tally.largest, self.bounds[name], of_codes=True)
+        for name, tally in self.values.items():
+            operator = by_site.get(name, "")
+            yield ReplayCheck(name, operator, *tally.counts, tally.relative, self.bounds[name], of_codes=False)
+
+
+class _Substitution(View):
+    """Compares what arrives with what the runtime had, and goes on with the latter."""
+
+    def __init__(self, replays: Replays, seen: Observed):
+        self.replays, self.seen = replays, seen
+
+    def codes(self, name: str, codes: Tensor, source: Quantization | None) -> Tensor:
+        theirs = self.seen.codes.get(name)
+        if theirs is None:
+            return codes
+        tally = self.replays._of_codes(name)
+        bound = self.replays.bounds[site_of(name)]
+        if source is not None and bound > 0:
+            reach = bound * source.x.abs().nan_to_num().max()
+            least, most = source.codes(source.x - reach), source.codes(source.x + reach)
+            codes = theirs.clamp(torch.minimum(least, most), torch.maximum(least, most))
+        tally.add(theirs, codes)
+        return theirs
+
+    def entering(self, name: str, x: Tensor) -> Tensor:
+        if name not in self.seen.layers:
+            return x
+        theirs, _ = self.seen.layers[name]
+        depth = self.replays.survey.layers_from[name].depth
+        self.replays._of_values(f"{name}.input", depth).add(theirs, x)
+        return theirs
+
+    def leaving(self, name: str, y: Tensor) -> Tensor:
+        if name not in self.seen.layers:
+            return y
+        _, theirs = self.seen.layers[name]
+        self.replays._of_values(f"{name}.output", 1).add(theirs, y)
+        return theirs
+
+
+def _same(a: Tensor | None, b: Tensor) -> bool:
+    return a is not None and torch.equal(a, b)

@@ -1,0 +1,163 @@
+"""What a model's arithmetic promises, read off one run of the reference.
+
+Two things decide which bound can be demanded of a value: whether it depends on the inputs through integers and exact
+operations alone, so that every machine computes the same bits; and how many float operations lie between it and the
+last point where verification looks, for each may round in its own order.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from isogrid.verification.reference import Quantization, View, viewed
+
+EXACT_OPERATIONS = frozenset(
+    """
+    _adaptive_max_pool _to_copy _unsafe_view abs adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d add add_
+    alias amax amin argmax as_strided bitwise_and bitwise_not cat ceil chunk clamp clamp_ clamp_max clamp_min
+    clamp_min_ clone constant_pad_nd copy_ detach diagonal div div_ embedding empty empty_like eq expand eye fill_ flip
+    floor full full_like gather ge gt hardtanh hardtanh_ index index_select le leaky_relu lift_fresh logical_and
+    logical_not lt masked_fill max_pool2d_with_indices max_pool3d_with_indices maximum minimum mul mul_ ne neg new_ones
+    new_zeros ones permute pixel_shuffle reflection_pad1d reflection_pad2d reflection_pad3d relu relu_ repeat
+    replication_pad1d replication_pad2d replication_pad3d roll round scalar_tensor select slice split split_with_sizes
+    squeeze stack sub sub_ t transpose tril triu unbind unfold unsqueeze upsample_nearest2d view where zeros zeros_like
+    """.split()  # noqa: SIM905
+)
+"""Operations of torch that move values or round once: the same bits wherever they run."""
+
+FLOAT_ISOGRID_OPERATIONS = frozenset({"matmul_nbits"})
+
+
+class Origin(NamedTuple):
+    """How a value depends on what was computed before.
+
+    Attributes:
+        exact: through integers and exact operations alone, all the way from the inputs.
+        depth: how many other float operations lie on the longest way from the last quantised tensor, packed layer or
+            input.
+    """
+
+    exact: bool
+    depth: int
+
+
+class Work(NamedTuple):
+    """One call that multiplies and accumulates.
+
+    Attributes:
+        layer: name of the layer, with a number behind it for further calls; None for a function such as matmul.
+        path: of the layer, or of the module that calls the function.
+        macs: multiplications with accumulation, for the whole batch.
+    """
+
+    layer: str | None
+    path: str
+    macs: int
+
+
+@dataclass
+class Survey(View):
+    """What one run showed; see `survey`.
+
+    Attributes:
+        codes_from: the origin of the values that each quantised tensor was made of.
+        layers_from: the origin of the input of each packed layer.
+        outputs: the origin of each output.
+        work: the calls that multiply, in order.
+    """
+
+    codes_from: dict[str, Origin] = field(default_factory=dict)
+    layers_from: dict[str, Origin] = field(default_factory=dict)
+    outputs: list[Origin] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._tracker = _Tracker(self._multiplied)
+        self._calls: list[Work] = []
+
+    def started(self, path: str, layer: str | None) -> None:
+        self._calls.append(Work(layer, path, 0))
+
+    def finished(self) -> None:
+        self._calls.pop()
+
+    def codes(self, name: str, codes: Tensor, source: Quantization | None) -> Tensor:
+        origin = self._tracker.origin(codes if source is None else source.x)
+        self.codes_from.setdefault(name, origin)
+        return codes
+
+    def entering(self, name: str, x: Tensor) -> Tensor:
+        self.layers_from[name] = self._tracker.origin(x)
+        return x
+
+    def run(self, reference: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Fill it in."""
+        with torch.no_grad(), viewed(reference, self), self._tracker:
+            result = reference(*inputs)
+        self.outputs = [self._tracker.origin(x) for x in tree_leaves(result) if isinstance(x, Tensor)]
+
+    def _multiplied(self, macs: int) -> None:
+        self.work.append(self._calls[-1]._replace(macs=macs))
+
+
+def survey(reference: nn.Module, inputs: tuple[Any, ...]) -> Survey:
+    """Run the reference once and note where every value comes from, and all that multiplies.
+
+    >>> found = survey(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), (torch.zeros(2, 4),))
+    >>> found.outputs, found.work
+    ([Origin(exact=False, depth=1)], [Work(layer='0', path='0', macs=24)])
+    """
+    found = Survey()
+    found.run(reference, inputs)
+    return found
+
+
+class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows values through operations."""
+
+    def __init__(self, multiplied: Callable[[int], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.multiplied = multiplied
+        self._origins: dict[int, Origin] = {}
+        self._alive: list[Tensor] = []  # keeps Python from giving an id to another tensor
+
+    def origin(self, x: Tensor) -> Origin:
+        """Where a value comes from; what was never seen is an input or a parameter."""
+        return self._origins.get(id(x), Origin(True, 0))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        before = [self.origin(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        result = func(*args, **kwargs)
+        exact = all(origin.exact for origin in before)
+        depth = max((origin.depth for origin in before), default=0)
+        name = func._overloadpacket.__name__
+        if func.namespace == "isogrid":
+            depth, exact = 0, exact and name not in FLOAT_ISOGRID_OPERATIONS
+        elif name not in EXACT_OPERATIONS:
+            depth, exact = depth + 1, False
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._alive.append(tensor)
+                self._origins[id(tensor)] = Origin(exact, depth)
+        for macs in _macs(func, args, kwargs, result):
+            self.multiplied(macs)
+        return result
+
+
+def _macs(func: Any, args: Any, kwargs: Any, result: Any) -> Iterator[int]:
+    name = func._overloadpacket.__name__
+    if func.namespace == "isogrid":
+        if name == "matmul_nbits":
+            yield result.numel() * args[1].shape[1] * args[6]
+        elif name in ("static_linear", "static_linear_float", "static_convolution"):
+            yield result.numel() * prod(args[3].shape[1:])
+    elif func._overloadpacket in flop_registry:
+        yield flop_registry[func._overloadpacket](*args, **kwargs, out_val=result) // 2

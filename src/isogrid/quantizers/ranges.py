@@ -68,6 +68,8 @@ class Range:
             )
         if rows.shape[1] == 0:
             raise NotCalibratedError("There are no values to choose a range from: the tensor is empty.")
+        if rows.shape[0] == 0:
+            return extremes_affine(rows.to(torch.float32), fmt)
         return positive(self.choose(rows.to(torch.float32), fmt, weights), fmt)
 
     def choose(self, rows: Tensor, fmt: Format, weights: Tensor | None) -> Affine:

@@ -5,8 +5,10 @@ a kind is the site of that name: `add`, `add_1`, ... Layers and scopes further i
 insides, so that a call belongs to exactly one module. Nothing is traced: data-dependent Python stays as it is.
 """
 
-import inspect
+import copyreg
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -70,28 +72,6 @@ class OperationScope(nn.Module):
 
     def extra_repr(self) -> str:
         return f"done by the layer before: {', '.join(sorted(self.skipped))}" if self.skipped else ""
-
-
-class ScopedForward:
-    """The forward of a module that has a scope: its class's own, seen by the scope.
-
-    Args:
-        module: whose forward it is.
-        scope: the sites of its calls.
-    """
-
-    def __init__(self, module: nn.Module, scope: OperationScope):
-        self.module, self.scope = module, scope
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Calls(self.scope):
-            return type(self.module).forward(self.module, *args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """That of the class's own forward: trainers look at it to know which columns a model takes."""
-        signature = inspect.signature(type(self.module).forward)
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 class _Calls(TorchFunctionMode):
@@ -180,4 +160,38 @@ def open_scope(module: nn.Module, scope: OperationScope) -> None:
     check_scope(module, has_sites=len(scope.sites) > 0)
     if len(scope.sites):
         module.add_module(SCOPE_NAME, scope.train(module.training))
-    module.forward = ScopedForward(module, scope)
+    object.__setattr__(module, _SCOPE, scope)
+    module.forward = _bound(module)
+
+
+_SCOPE = "_isogrid_scope"
+
+
+@cache
+def _scoped_forward(kind: Any) -> Callable[..., Any]:
+    """The forward of a class, run inside the scope of the module it belongs to."""
+    plain: Callable[..., Any] = kind.forward
+
+    # Trainers look at the signature to know which columns of the data a model takes.
+    @wraps(plain)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _Calls(getattr(self, _SCOPE)):
+            return plain(self, *args, **kwargs)
+
+    return forward
+
+
+def _bound(module: nn.Module) -> types.MethodType:
+    """A bound method, which torch.export takes for the module's own forward."""
+    return types.MethodType(_scoped_forward(type(module)), module)
+
+
+def _reduce_method(method: types.MethodType) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """How a bound method is pickled: by its object and its name, as ever, but a scoped forward as such."""
+    owner = method.__self__
+    if isinstance(owner, nn.Module) and method.__func__ is _scoped_forward(type(owner)):
+        return _bound, (owner,)
+    return getattr, (owner, method.__func__.__name__)
+
+
+copyreg.pickle(types.MethodType, _reduce_method)

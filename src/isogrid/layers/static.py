@@ -223,7 +223,7 @@ class _StaticOperation(torch.autograd.Function):
         whole = tuple([channels.spread(vector) for vector in vectors if vector is not None])
         (values,), _ = run(_finish, fixed.ending(), (channels.cut(accumulator),), whole)
         assert values is not None
-        return channels.join(values)
+        return channels.join(values).detach()  # no view, so that the model may write to it
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

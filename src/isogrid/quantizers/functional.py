@@ -294,7 +294,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, fixed: Quantization, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(x, *tensors)
         ctx.fixed = fixed
-        return fixed.forward(x, tensors)
+        return fixed.forward(x, tensors).detach()  # no view, so that the model may write to it
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

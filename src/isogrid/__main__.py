@@ -1,0 +1,5 @@
+"""`python -m isogrid`."""
+
+from isogrid.cli import main
+
+main()

@@ -1,0 +1,14 @@
+"""Arguments that several commands share."""
+
+from typing import Annotated
+
+import typer
+
+Recipe = Annotated[
+    str, typer.Argument(help="Path of a YAML file, or a recipe that comes with Isogrid.", show_default=False)
+]
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as training.seed=1. Repeatable."),
+]

@@ -1,0 +1,45 @@
+"""`isogrid run`."""
+
+from typing import Annotated
+
+import typer
+
+from isogrid.cli.options import Recipe, Settings
+
+
+def run(
+    recipe: Recipe,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw an earlier run in the folder away.")] = False,
+    settings: Settings = None,
+) -> None:
+    """Train as a recipe says, then export, verify and report.
+
+    A run that was stopped goes on with --resume and has the losses it would have had. TensorBoard shows the training.
+    Several processes: torchrun --nproc-per-node 2 -m isogrid run RECIPE.
+
+    [bold]Example:[/bold] isogrid run digits-w4a8 --set training.epochs=5 --set output=runs/short
+    """
+    import os
+
+    from isogrid.cli.console import Bars, output
+    from isogrid.recipes.loading import load_recipe
+    from isogrid.recipes.progress import Silent
+    from isogrid.recipes.runner import run as run_recipe
+    from isogrid.report import results_table
+
+    loaded = load_recipe(recipe, settings or ())
+    if int(os.environ.get("RANK", "0")):  # torchrun numbers its processes; the first one speaks for all
+        run_recipe(loaded, resume=resume, restart=restart, progress=Silent())
+        return
+    with Bars() as bars:
+        result = run_recipe(loaded, resume=resume, restart=restart, progress=bars)
+    output.print(results_table(result.rows))
+    output.print(
+        f"[bold]{result.folder}/report.html[/bold] has the details; "
+        f"tensorboard --logdir {result.folder}/tensorboard shows the training.",
+        soft_wrap=True,
+    )
+    if not result.verification:
+        output.print(str(result.verification), markup=False)
+        raise typer.Exit(1)

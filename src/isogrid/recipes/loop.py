@@ -1,0 +1,192 @@
+"""The training loop of recipes, on Accelerate: one process or many, on CPU or GPU."""
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+
+from isogrid.errors import RecipeError
+from isogrid.recipes.data import Batches, Data, mixed_seed, size
+from isogrid.recipes.schema import Optimization
+from isogrid.training import Schedule
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+AfterStep = Callable[[int, Tensor], None]
+"""Called with the number of steps done and the loss of the last one, float32 []."""
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.0, momentum=0.9),
+}
+"""The optimizers by name; each parameter group brings its learning rate."""
+
+
+def make_accelerator(settings: Optimization) -> "Accelerator":
+    """Accelerate, set up for a run; under torchrun or accelerate launch it joins the other processes."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+
+    return Accelerator(
+        mixed_precision="bf16" if settings.precision == "bfloat16" else "no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=settings.accumulation, sync_with_dataloader=False
+        ),
+        # While a phase of the schedule leaves quantisers off, their scales have no gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def float_groups(model: nn.Module, settings: Optimization) -> list[dict[str, Any]]:
+    """Parameter groups of a float model: weights with decay, biases and norms without."""
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    return [
+        {"params": weights, "lr": settings.lr, "weight_decay": settings.weight_decay},
+        {"params": others, "lr": settings.lr, "weight_decay": 0.0},
+    ]
+
+
+def fit(
+    model: nn.Module,
+    optimizer: Optimizer,
+    data: Data,
+    settings: Optimization,
+    steps: int,
+    accelerator: "Accelerator",
+    *,
+    schedule: Schedule | None = None,
+    start: int = 0,
+    after_step: AfterStep = lambda step, loss: None,
+) -> nn.Module:
+    """Train in place, from one step to another.
+
+    Everything random is known from the seed and the step's number, so that a run which starts in the middle sees
+    the batches and the random numbers of one that came there by itself.
+
+    Args:
+        model: float or prepared.
+        optimizer: of the model's parameters; of OPTIMIZERS.
+        data: its training data are used.
+        settings: batch size, decay and the like.
+        steps: optimizer steps of the whole run.
+        accelerator: of `make_accelerator`.
+        schedule: of a prepared model.
+        start: steps that are done already.
+        after_step: called after each step.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        RecipeError: a batch cannot be divided among the processes.
+    """
+    loader = _loader(data.train, settings, start, steps, accelerator)
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    trained, accelerated = accelerator.prepare(model, optimizer)
+    trained.train()
+    for step in range(start, steps):
+        factor = learning_rate_factor(step, steps, settings.warmup_steps, settings.decay)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        total = torch.zeros((), device=accelerator.device)
+        for part in range(settings.accumulation):
+            *inputs, target = on_device(next(loader), accelerator.device)
+            seed_everything(mixed_seed(settings.seed, step, part, accelerator.process_index))
+            with accelerator.accumulate(trained):
+                with accelerator.autocast():
+                    loss = data.loss(trained(*inputs), target)
+                accelerator.backward(loss)
+                if settings.clip_norm is not None and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(trained.parameters(), settings.clip_norm)
+                accelerated.step()
+                accelerated.zero_grad()
+            total += loss.detach().float() / settings.accumulation
+        if schedule is not None:
+            schedule.step()
+        after_step(step + 1, accelerator.reduce(total, reduction="mean"))
+    accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
+    accelerator.free_memory()
+    return model.eval()
+
+
+def learning_rate_factor(step: int, total: int, warmup: int = 0, decay: str = "cosine") -> float:
+    """By what the learning rate is multiplied at a step: a linear warm-up, then a decay to nearly nothing, or none.
+
+    Args:
+        step: from 0.
+        total: steps of the run.
+        warmup: steps until the full rate.
+        decay: `cosine`, `linear` or `constant`.
+
+    >>> [learning_rate_factor(step, 4, warmup=2, decay="linear") for step in range(4)]
+    [0.5, 1.0, 1.0, 0.5]
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if decay == "constant":
+        return 1.0
+    share = (step - warmup) / (total - warmup)
+    return 1.0 - share if decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device."""
+    from accelerate.utils import send_to_device
+
+    return send_to_device(batch, device)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class SeededDataset(Dataset[Any]):
+    """A dataset whose random transforms depend on the seed and the batch alone, not on what was loaded before."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        seed_everything(mixed_seed(self.seed, *indices))
+        return [self.dataset[index] for index in indices]
+
+
+def _loader(
+    dataset: Dataset[Any], settings: Optimization, start: int, stop: int, accelerator: "Accelerator"
+) -> Iterator[Any]:
+    """This process's parts of the batches of these steps."""
+    batches = Batches(size(dataset), settings.batch_size, settings.seed)
+    parts = settings.accumulation * accelerator.num_processes
+    share, rest = divmod(batches.batch_size, parts)
+    if rest:
+        raise RecipeError(
+            f"A batch of {batches.batch_size} examples cannot be divided into {parts} parts "
+            f"({accelerator.num_processes} processes, accumulation {settings.accumulation}). Use a multiple of {parts}."
+        )
+
+    def indices() -> Iterator[list[int]]:
+        for step in range(start, stop):
+            batch = batches[step]
+            for part in range(accelerator.process_index, parts, accelerator.num_processes):
+                yield batch[part * share : (part + 1) * share]
+
+    loader: DataLoader[Any] = DataLoader(
+        SeededDataset(dataset, settings.seed),
+        batch_sampler=indices(),
+        num_workers=settings.workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    return iter(loader)

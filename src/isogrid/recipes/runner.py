@@ -1,0 +1,213 @@
+"""`isogrid run`: from a recipe to a verified artefact, with checkpoints on the way."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from isogrid.api import VerificationReport, restore
+from isogrid.errors import NonFiniteError, RecipeError
+from isogrid.files import write_whole
+from isogrid.recipes.data import Data, size
+from isogrid.recipes.folders import RunFolder
+from isogrid.recipes.loop import make_accelerator
+from isogrid.recipes.outcomes import Outcome, float_outcome, quantized_outcome, with_latencies, write_outcomes
+from isogrid.recipes.progress import Progress, Silent
+from isogrid.recipes.schema import Recipe
+from isogrid.recipes.sources import make_data
+from isogrid.recipes.stages import (
+    float_model,
+    load_float_weights,
+    make_optimizer,
+    new_model,
+    prepared_model,
+    train_quantized,
+)
+from isogrid.report import ResultRow
+from isogrid.training import load_training, save_training
+from isogrid.training.checkpoint import MANIFEST, read_manifest
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+NO_MATTER: Any = {"output": True, "training": {"log_every", "checkpoint_every", "workers"}}
+"""Keys that a resumed run may change: its losses stay the same."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves behind; on all but the first process there are no rows.
+
+    Attributes:
+        rows: float, and quantised after training.
+        verification: of the artefact.
+        folder: with everything in it.
+    """
+
+    rows: tuple[ResultRow, ...]
+    verification: VerificationReport | None
+    folder: Path
+
+
+def run(recipe: Recipe, *, resume: bool = False, restart: bool = False, progress: Progress | None = None) -> RunResult:
+    """Train by a recipe, then export, verify and report.
+
+    Args:
+        recipe: with an output folder.
+        resume: go on from the last checkpoint; the losses are those of a run that was never stopped, bit for bit.
+        restart: begin anew although the folder holds a checkpoint.
+        progress: who is told.
+
+    Raises:
+        RecipeError: the recipe names what does not exist, or the folder holds another run.
+        CheckpointError: a checkpoint cannot be read, or not be written; the one before it is whole.
+        NonFiniteError: the loss is NaN or infinite.
+    """
+    progress = progress or Silent()
+    folder = RunFolder(Path(recipe.output or "runs/unnamed"))
+    _check_folder(folder, recipe, resume, restart)
+    accelerator = make_accelerator(recipe.training)
+    data = make_data(recipe.data)
+    starts_anew = not (resume and folder.has_checkpoint)
+    if starts_anew:
+        if resume:
+            progress.message("There is no checkpoint yet: starting from the beginning.")
+        model = float_model(recipe, data, accelerator, progress)
+        if accelerator.is_main_process:
+            _begin(folder, recipe, model)
+        prepared_model(recipe, model, data, accelerator)
+        start, optimizer = 0, make_optimizer(model, recipe.training)
+    else:
+        model, optimizer, start = _resumed(folder, recipe, accelerator)
+        progress.message(f"Resuming after step {start}.")
+    _train(recipe, model, optimizer, data, accelerator, progress, folder, start)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return RunResult((), None, folder.path)
+    return _finish(recipe, model, data, folder, progress)
+
+
+def _check_folder(folder: RunFolder, recipe: Recipe, resume: bool, restart: bool) -> None:
+    if resume and restart:
+        raise RecipeError("Give --resume or --restart, not both.")
+    if not folder.has_checkpoint or restart:
+        return
+    if not resume:
+        step = read_manifest(folder.checkpoint)["extra"]["step"]
+        raise RecipeError(
+            f"{folder.path} holds a run that has done {step} steps. Go on with --resume, throw it away with --restart, "
+            "or write elsewhere with --set output=FOLDER."
+        )
+    changed = _first_difference(_relevant(folder.saved_recipe()), _relevant(recipe))
+    if changed is not None:
+        raise RecipeError(
+            f"The run in {folder.path} was started with another recipe: {changed}. "
+            "Put it back, or begin anew with --restart."
+        )
+
+
+def _begin(folder: RunFolder, recipe: Recipe, model: nn.Module) -> None:
+    """Write what a run starts from; an older checkpoint goes first, so that it is never taken for one of this run."""
+    (folder.checkpoint / MANIFEST).unlink(missing_ok=True)
+    for events in folder.tensorboard.glob("events.*"):
+        events.unlink()
+    folder.save_recipe(recipe)
+    _save_float(model, folder.float_weights)
+
+
+def _save_float(model: nn.Module, path: Path) -> None:
+    from safetensors.torch import save_model
+
+    model.cpu()
+    write_whole(path, lambda temporary: save_model(model, str(temporary)))
+
+
+def _resumed(folder: RunFolder, recipe: Recipe, accelerator: "Accelerator") -> tuple[nn.Module, Optimizer, int]:
+    model = restore(new_model(recipe), folder.checkpoint).to(accelerator.device)
+    optimizer = make_optimizer(model, recipe.training)
+    extra = load_training(folder.checkpoint, model, optimizer)
+    return model, optimizer, int(extra["step"])
+
+
+def _train(
+    recipe: Recipe,
+    model: nn.Module,
+    optimizer: Optimizer,
+    data: Data,
+    accelerator: "Accelerator",
+    progress: Progress,
+    folder: RunFolder,
+    start: int,
+) -> None:
+    from isogrid.recipes.monitor import Monitor
+
+    settings, steps = recipe.training, recipe.training.total_steps(size(data.train))
+    monitor = Monitor(folder.tensorboard, model, start) if accelerator.is_main_process else None
+
+    def after_step(step: int, loss: torch.Tensor) -> None:
+        last = step == steps
+        logs, saves = last or step % settings.log_every == 0, last or step % settings.checkpoint_every == 0
+        if (logs or saves) and not math.isfinite(loss):
+            raise NonFiniteError(
+                f"The loss is {float(loss)} at step {step}. Lower training.lr, or set training.clip_norm. "
+                f"{'The last checkpoint is from before.' if folder.has_checkpoint else 'There is no checkpoint yet.'}"
+            )
+        if monitor is not None and logs:
+            monitor.loss(step, loss, optimizer.param_groups[0]["lr"])
+            monitor.weights(step)
+        if monitor is not None and saves:
+            monitor.flush()
+            save_training(folder.checkpoint, model, optimizer, {"step": step})
+
+    try:
+        train_quantized(
+            recipe, model, data, accelerator, progress, f"training {recipe.scheme}",
+            optimizer=optimizer, start=start, after_step=after_step,
+        )  # fmt: skip
+    finally:
+        if monitor is not None:
+            monitor.close()
+
+
+def _finish(recipe: Recipe, model: nn.Module, data: Data, folder: RunFolder, progress: Progress) -> RunResult:
+    reference = new_model(recipe)
+    load_float_weights(reference, folder.float_weights)
+    jobs: list[Callable[[], Outcome]] = [
+        lambda: float_outcome("float", "float", reference, data, folder.path / "float.onnx"),
+        lambda: quantized_outcome(recipe.scheme.upper(), "qat", model, data, folder.artifact),
+    ]
+    outcomes = []
+    with progress.task("exporting and verifying", len(jobs)) as advance:
+        for job in jobs:
+            outcomes.append(job())
+            advance("")
+    outcomes = with_latencies(outcomes)
+    write_outcomes(
+        outcomes,
+        folder.path,
+        title=f"{recipe.model.name}, {recipe.scheme}",
+        subtitle=f"Trained on {recipe.data.name} for {recipe.target}; tested on {size(data.test)} examples.",
+    )
+    return RunResult(tuple(outcome.row for outcome in outcomes), outcomes[-1].verification, folder.path)
+
+
+def _relevant(recipe: Recipe) -> dict[str, Any]:
+    """What decides about the losses of a run."""
+    return recipe.model_dump(exclude=NO_MATTER)
+
+
+def _first_difference(before: Any, now: Any, keys: str = "") -> str | None:
+    """The first key with another value, in words."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            found = _first_difference(before.get(key), now.get(key), f"{keys}.{key}".lstrip("."))
+            if found is not None:
+                return found
+        return None
+    return None if before == now else f"{keys} was {json.dumps(before)} and is {json.dumps(now)} now"

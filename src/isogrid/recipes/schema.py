@@ -1,0 +1,160 @@
+"""What a recipe may say. The field descriptions are what people read; unknown keys and wrong types are errors."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from isogrid.errors import IsogridError
+from isogrid.planning.rules import Rule, ScaleChoice, scheme_from_name
+
+
+class Part(BaseModel):
+    """Base of all parts: frozen, strict about types, and without room for keys that nobody reads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Source(Part):
+    """Something that is made by calling a Python function: a model, or data.
+
+    >>> Source(name="digits-cnn", arguments={"channels": 8}).arguments["channels"]
+    8
+    """
+
+    name: str = Field(min_length=1, description="A built-in name, or `package.module:callable`.")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the call.")
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, dict | Source):
+        return value
+    raise ValueError("expected a name, or the keys name and arguments")
+
+
+NamedSource = Annotated[Source, BeforeValidator(_named)]
+"""A Source, or its name alone."""
+
+
+class RuleEntry(Part):
+    """One rule; `isogrid.Rule` says what each key means."""
+
+    match: str
+    keep: Literal["float"] | None = None
+    weight: str | None = None
+    activation: str | None = None
+    scale: ScaleChoice | None = None
+    estimator: str | None = None
+    range: str | None = None
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "RuleEntry":
+        _explained(self.rule)
+        return self
+
+    def rule(self) -> Rule:
+        """The rule as planning takes it."""
+        return Rule(**self.model_dump())
+
+
+class ScheduleEntry(Part):
+    """Phases of training, in optimizer steps or shares of all steps; `isogrid.Schedule` says what each does."""
+
+    float_steps: int = Field(default=0, ge=0)
+    observe_steps: int = Field(default=0, ge=0)
+    weight_only_steps: int = Field(default=0, ge=0)
+    ramp_steps: int = Field(default=0, ge=0)
+    freeze_batch_norm: float = Field(default=0.7, ge=0, le=1)
+    freeze_ranges: float = Field(default=0.9, ge=0, le=1)
+
+
+class Optimization(Part):
+    """How an optimizer moves, and for how long.
+
+    >>> Optimization(epochs=3, batch_size=100).total_steps(1000)
+    30
+    """
+
+    epochs: int | None = Field(default=None, ge=1, description="Passes over the training data; or give steps.")
+    steps: int | None = Field(default=None, ge=1, description="Optimizer steps; or give epochs.")
+    batch_size: int = Field(default=64, ge=1, description="Examples of one optimizer step, over all processes.")
+    accumulation: int = Field(default=1, ge=1, description="In how many parts a process computes its share of a batch.")
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float = Field(default=1e-3, gt=0, description="Learning rate of everything but scales.")
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, description="Steps in which the learning rate rises.")
+    decay: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="How the learning rate falls.")
+    clip_norm: float | None = Field(default=None, gt=0, description="Largest norm of the gradient.")
+    precision: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16: under autocast.")
+    seed: int = Field(default=0, ge=0, description="Of the order of the data and of everything random.")
+    workers: int = Field(default=0, ge=0, description="Processes that load data.")
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> "Optimization":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps")
+        return self
+
+    def total_steps(self, examples: int) -> int:
+        """Optimizer steps of the run on this many training examples."""
+        return self.steps or (self.epochs or 1) * max(1, examples // self.batch_size)
+
+
+class Training(Optimization):
+    """Quantization-aware training: the optimizer, and what is written down on the way."""
+
+    scale_lr: float | None = Field(default=None, gt=0, description="By what share of itself a scale may move a step.")
+    log_every: int = Field(default=10, ge=1, description="Steps between two entries for TensorBoard.")
+    checkpoint_every: int = Field(default=100, ge=1, description="Steps between two checkpoints.")
+
+
+class Calibration(Part):
+    """What chooses the ranges before training."""
+
+    batches: int = Field(default=8, ge=1, description="Batches of training data.")
+    batch_size: int = Field(default=64, ge=1)
+
+
+class Recipe(Part):
+    """A whole run: which model, on which data, for which runtime, in which formats, trained how.
+
+    >>> recipe = Recipe.model_validate(
+    ...     {"model": "digits-cnn", "data": "digits", "scheme": "w4a8", "training": {"epochs": 1}}
+    ... )
+    >>> recipe.target, recipe.model.name
+    ('onnxruntime', 'digits-cnn')
+    """
+
+    model: NamedSource = Field(description="The float model: a built-in name or `package.module:callable`.")
+    data: NamedSource = Field(description="A built-in name, or the `package.module:callable` that returns a Data.")
+    checkpoint: str | None = Field(default=None, description="Float weights to start from, a .safetensors file.")
+    float_training: Optimization | None = Field(default=None, description="Trains the float model first.")
+    target: str = "onnxruntime"
+    scheme: str = "w8a8"
+    rules: list[RuleEntry] = Field(default_factory=list, description="First match wins; the scheme decides the rest.")
+    calibration: Calibration = Field(default_factory=Calibration)
+    schedule: ScheduleEntry = Field(default_factory=ScheduleEntry)
+    training: Training = Field(description="How long: `epochs` or `steps`; the rest has defaults.")
+    output: str | None = Field(default=None, description="Folder of the run; runs/<name of the recipe> if not given.")
+
+    @field_validator("scheme")
+    @classmethod
+    def _is_known(cls, scheme: str) -> str:
+        _explained(lambda: scheme_from_name(scheme))
+        return scheme
+
+    @model_validator(mode="after")
+    def _starts_somewhere(self) -> "Recipe":
+        if self.checkpoint is not None and self.float_training is not None:
+            raise ValueError("give checkpoint or float_training, not both: a checkpoint is trained already")
+        return self
+
+
+def _explained(check: Callable[[], object]) -> None:
+    """Let pydantic know where an error of Isogrid happened."""
+    try:
+        check()
+    except IsogridError as error:
+        raise ValueError(str(error)) from error

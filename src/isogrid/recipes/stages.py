@@ -1,0 +1,141 @@
+"""The stages of a run: a float model, a prepared model, training. Runs and the quickstart are made of them."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.optim import Optimizer
+
+from isogrid.api import calibrate, parameter_groups, plan, prepare
+from isogrid.errors import RecipeError
+from isogrid.planning.plan import Plan
+from isogrid.recipes.data import Batches, Data, collate, size
+from isogrid.recipes.loop import OPTIMIZERS, fit, float_groups, on_device, seed_everything
+from isogrid.recipes.progress import Progress
+from isogrid.recipes.schema import Optimization, Recipe, Training
+from isogrid.recipes.sources import make_model
+from isogrid.training import Schedule
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def float_model(recipe: Recipe, data: Data, accelerator: "Accelerator", progress: Progress) -> nn.Module:
+    """The float model of a recipe: made, and loaded or trained as the recipe says.
+
+    Raises:
+        RecipeError: the model cannot be made, or its checkpoint does not fit.
+    """
+    model = new_model(recipe)
+    if recipe.checkpoint is not None:
+        load_float_weights(model, Path(recipe.checkpoint))
+    elif recipe.float_training is not None:
+        train_float(model, data, recipe.float_training, accelerator, progress, "training the float model")
+    return model.eval()
+
+
+def new_model(recipe: Recipe) -> nn.Module:
+    """The model of a recipe with the random weights of the recipe's seed."""
+    seed_everything(recipe.training.seed)
+    return make_model(recipe.model)
+
+
+def load_float_weights(model: nn.Module, path: Path) -> None:
+    """Load a safetensors file into a model; raises RecipeError where the two do not fit."""
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError as error:
+        raise RecipeError(f"checkpoint: there is no file {path}.") from error
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(f"checkpoint: {path} is not a readable safetensors file: {error}.") from error
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise RecipeError(f"checkpoint: {path} does not fit the model: {error}") from error
+
+
+def train_float(
+    model: nn.Module,
+    data: Data,
+    settings: Optimization,
+    accelerator: "Accelerator",
+    progress: Progress,
+    title: str,
+) -> nn.Module:
+    """Train a float model in place."""
+    steps = settings.total_steps(size(data.train))
+    optimizer = OPTIMIZERS[settings.optimizer](float_groups(model, settings))
+    with progress.task(title, steps) as advance:
+        return fit(
+            model, optimizer, data, settings, steps, accelerator,
+            after_step=lambda step, loss: advance(f"loss {float(loss):.4f}"),
+        )  # fmt: skip
+
+
+def plan_of(recipe: Recipe, model: nn.Module, data: Data) -> Plan:
+    """The plan of a recipe's model."""
+    rules = [rule.rule() for rule in recipe.rules]
+    return plan(model, recipe.target, recipe.scheme, rules, example_inputs=data.example_inputs)
+
+
+def prepared_model(recipe: Recipe, model: nn.Module, data: Data, accelerator: "Accelerator") -> nn.Module:
+    """Plan, prepare and calibrate a float model by a recipe, in place: the model after post-training quantisation."""
+    model.cpu()
+    prepare(model, plan_of(recipe, model, data)).to(accelerator.device)
+    return calibrate(model, (on_device(batch, accelerator.device) for batch in calibration_batches(recipe, data)))
+
+
+def calibration_batches(recipe: Recipe, data: Data) -> Iterator[tuple[Any, ...]]:
+    """The first batches of the shuffled training data."""
+    batches = Batches(size(data.train), recipe.calibration.batch_size, recipe.training.seed)
+    for index in range(min(recipe.calibration.batches, batches.per_epoch)):
+        yield collate(data.train, batches[index])
+
+
+def make_optimizer(model: nn.Module, settings: Training) -> Optimizer:
+    """The optimizer of a prepared model."""
+    groups = parameter_groups(
+        model,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        scale_lr=settings.scale_lr,
+        relative_scale_lr=settings.optimizer != "sgd",
+    )
+    return OPTIMIZERS[settings.optimizer](groups)
+
+
+def make_schedule(model: nn.Module, recipe: Recipe, steps: int) -> Schedule:
+    """The schedule of a recipe, at the position that the model is at."""
+    return Schedule(model, total_steps=steps, **recipe.schedule.model_dump())
+
+
+def train_quantized(
+    recipe: Recipe,
+    model: nn.Module,
+    data: Data,
+    accelerator: "Accelerator",
+    progress: Progress,
+    title: str,
+    *,
+    optimizer: Optimizer | None = None,
+    start: int = 0,
+    after_step: Callable[[int, torch.Tensor], None] = lambda step, loss: None,
+) -> nn.Module:
+    """Quantization-aware training of a prepared model, in place."""
+    steps = recipe.training.total_steps(size(data.train))
+    schedule = make_schedule(model, recipe, steps)
+    optimizer = make_optimizer(model, recipe.training) if optimizer is None else optimizer
+    with progress.task(title, steps, start) as advance:
+
+        def step_done(step: int, loss: torch.Tensor) -> None:
+            advance(f"loss {float(loss):.4f}")
+            after_step(step, loss)
+
+        return fit(
+            model, optimizer, data, recipe.training, steps, accelerator,
+            schedule=schedule, start=start, after_step=step_done,
+        )  # fmt: skip

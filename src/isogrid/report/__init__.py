@@ -1,5 +1,6 @@
 """Floor 7: what a run did, as one HTML page that opens offline, as JSON, and as a table in the terminal."""
 
+from isogrid.report.building import model_report, result_row
 from isogrid.report.data import (
     BoundRow,
     Fidelity,
@@ -32,7 +33,9 @@ __all__ = [
     "ScaleSummary",
     "SiteRow",
     "layer_statistics",
+    "model_report",
     "render_report",
+    "result_row",
     "results_json",
     "results_table",
     "write_report",

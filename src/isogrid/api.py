@@ -15,7 +15,7 @@ from isogrid.planning.capture import capture
 from isogrid.planning.placement import Placement
 from isogrid.planning.plan import InputSpec
 from isogrid.planning.state import is_prepared, prepared_state
-from isogrid.targets import Artifact, LoadedModel, read_artifact, target_from_name
+from isogrid.targets import Artifact, LoadedModel, load_artifact, target_from_name
 from isogrid.training import Phase, Schedule, calibrate, parameter_groups, restore, save
 from isogrid.verification import VerificationReport, verify_artifact
 
@@ -97,8 +97,7 @@ def load(path: str | Path) -> LoadedModel:
     Raises:
         ArtifactError: the file or its sidecar is missing, corrupt or truncated.
     """
-    artifact = read_artifact(path)
-    return target_from_name(artifact.target).load(artifact)
+    return load_artifact(path)
 
 
 def verify(

@@ -1,9 +1,6 @@
-"""The protocol a runtime fulfils."""
+"""What planning asks of a runtime; the rest of the protocol is in `isogrid.targets.runtime`."""
 
-from pathlib import Path
-from typing import Any, Protocol
-
-from torch import nn
+from typing import Protocol
 
 from isogrid.formats import Format
 from isogrid.planning.graph import Call
@@ -11,7 +8,7 @@ from isogrid.planning.rules import Scheme
 
 
 class Target(Protocol):
-    """A runtime: what it can run, how it computes, how its artefact is written and run."""
+    """A runtime, as far as planning needs to know it: what it can run."""
 
     @property
     def name(self) -> str:
@@ -24,8 +21,4 @@ class Target(Protocol):
 
     def check_format(self, kind: str, fmt: Format, call: Call, scheme: Scheme) -> None:
         """Raise TargetError, with what to use instead, where a weight or activation format cannot run."""
-        ...
-
-    def export(self, integer_model: nn.Module, plan: Any, path: Path) -> Any:
-        """Write the artefact and its sidecar; returns an Artifact."""
         ...

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from isogrid.planning.plan import Plan
 from isogrid.planning.target import Target
 from isogrid.targets.artifact import Artifact
 
@@ -75,7 +76,11 @@ class LoadedModel(Protocol):
 
 
 class Runtime(Target, Protocol):
-    """A target that can also load what it exports."""
+    """A target that can also write its artefact and run it."""
+
+    def export(self, integer_model: nn.Module, plan: Plan, path: str | Path) -> Artifact:
+        """Write the artefact of a converted model, and its sidecar; both whole or not at all."""
+        ...
 
     def load(self, path: str | Path | Artifact, threads: int = 0) -> LoadedModel:
         """An artefact, ready to run; raises ArtifactError where the file or its sidecar is missing or corrupt."""

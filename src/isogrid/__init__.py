@@ -3,28 +3,31 @@
 Plan, prepare, train, convert, export, verify: see the README, or `isogrid --help`.
 """
 
-from importlib import metadata
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
 
-from isogrid.api import (
-    Artifact,
-    Phase,
-    Plan,
-    Rule,
-    Schedule,
-    VerificationReport,
-    calibrate,
-    convert,
-    export,
-    format,
-    load,
-    parameter_groups,
-    plan,
-    prepare,
-    restore,
-    save,
-    verify,
-)
 from isogrid.errors import IsogridError
+
+if TYPE_CHECKING:
+    from isogrid.api import (
+        Artifact,
+        Phase,
+        Plan,
+        Rule,
+        Schedule,
+        VerificationReport,
+        calibrate,
+        convert,
+        export,
+        format,
+        load,
+        parameter_groups,
+        plan,
+        prepare,
+        restore,
+        save,
+        verify,
+    )
 
 try:
     __version__ = metadata.version("isogrid")
@@ -52,3 +55,14 @@ __all__ = [
     "save",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The public functions, imported when one is first used: `isogrid --help` need not wait for PyTorch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'isogrid' has no attribute {name!r}")
+    return getattr(import_module("isogrid.api"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

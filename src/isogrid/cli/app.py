@@ -19,6 +19,7 @@ app = typer.Typer(
     name="isogrid",
     help="Quantization-aware training where what you train is, bit for bit, what you deploy.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -2,7 +2,7 @@
 
     python examples/quickstart.py
 
-A float model is trained as always. Then it is planned, prepared, calibrated, trained on its grid, exported and verified.
+A float model is trained as always, then planned, prepared, calibrated, trained on its grid, exported and verified.
 """
 
 import torch

@@ -103,8 +103,8 @@ class IntegerLayer(IntegerModule):
 class IntegerLinear(IntegerLayer):
     """Linear on codes, x [..., in] to [..., out]."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        operands = (self.quantized("input", x), *self.grid("input"), self.weight, self.weight_scale, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        operands = (self.quantized("input", input), *self.grid("input"), self.weight, self.weight_scale, self.bias)
         if not self.has_output_grid:
             return ops.static_linear_float(*operands)  # type: ignore[no-any-return]
         return self.dequantized("output", ops.static_linear(*operands, *self.grid("output"), *self.limits["output"]))
@@ -113,8 +113,8 @@ class IntegerLinear(IntegerLayer):
 class IntegerFloatReluLinear(IntegerLinear):
     """Linear on codes with float output, and a ReLU behind it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).clamp(min=0.0)
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).clamp(min=0.0)
 
 
 class IntegerConvolution(IntegerLayer):
@@ -129,9 +129,8 @@ class IntegerConvolution(IntegerLayer):
         super().__init__(*args)
         self.operation, self.edges = operation, edges
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.edges is not None:
-            x = F.pad(x, self.edges[0], mode=self.edges[1])
+    def forward(self, input: Tensor) -> Tensor:
+        x = input if self.edges is None else F.pad(input, self.edges[0], mode=self.edges[1])
         o = self.operation
         codes = ops.static_convolution(
             self.quantized("input", x),
@@ -228,9 +227,9 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.bits, self.block, self.accuracy_level = bits, block, accuracy_level
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         y = ops.matmul_nbits(
-            x, self.weight, self.weight_scale, None, self.bias, self.bits, self.block, self.accuracy_level
+            input, self.weight, self.weight_scale, None, self.bias, self.bits, self.block, self.accuracy_level
         )
         return y  # type: ignore[no-any-return]
 

@@ -183,13 +183,15 @@ def _scoped_forward(kind: Any) -> Callable[..., Any]:
 
 def _bound(module: nn.Module) -> types.MethodType:
     """A bound method, which torch.export takes for the module's own forward."""
-    return types.MethodType(_scoped_forward(type(module)), module)
+    kind: Any = type(module)
+    return types.MethodType(_scoped_forward(kind), module)
 
 
 def _reduce_method(method: types.MethodType) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """How a bound method is pickled: by its object and its name, as ever, but a scoped forward as such."""
     owner = method.__self__
-    if isinstance(owner, nn.Module) and method.__func__ is _scoped_forward(type(owner)):
+    kind: Any = type(owner)
+    if isinstance(owner, nn.Module) and method.__func__ is _scoped_forward(kind):
         return _bound, (owner,)
     return getattr, (owner, method.__func__.__name__)
 

@@ -5,6 +5,7 @@ from math import prod
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from isogrid.errors import PlanError
 from isogrid.layers.pooling import averages_space, pooling_of
@@ -90,9 +91,9 @@ def is_one_call(module: nn.Module) -> bool:
 
 
 def is_subclass_of_layer(module: nn.Module) -> bool:
-    """Whether a module extends a layer that could be quantised, and has no children of its own."""
+    """Whether a module extends a layer that could be quantised, and has no layers of its own inside."""
     extends = isinstance(module, tuple(MODULE_KINDS)) and type(module) not in MODULE_KINDS
-    return extends and next(module.children(), None) is None
+    return extends and (next(module.children(), None) is None or is_parametrized(module))
 
 
 def is_sequential(module: nn.Module) -> bool:
@@ -103,7 +104,8 @@ def is_sequential(module: nn.Module) -> bool:
 def has_own_forward(module: nn.Module) -> bool:
     """Whether a module's forward calls functions and other modules, so that it is a scope."""
     runs = type(module).forward is not nn.Module.forward and not is_sequential(module)
-    return runs and not is_wrapper(module) and (is_subclass_of_layer(module) or not is_one_call(module))
+    is_call_of_torch = is_one_call(module) and (type(module) in MODULE_KINDS or _is_of_torch(module))
+    return runs and not is_wrapper(module) and not is_call_of_torch
 
 
 def has_fast_path(module: nn.Module) -> bool:
@@ -143,7 +145,13 @@ def why_module_is_float(module: nn.Module, output: Tensor) -> str:
     """Why a module that was called as one is not quantised, where its kind alone does not say; else empty."""
     if is_subclass_of_layer(module):
         parent = next(kind for kind in MODULE_KINDS if isinstance(module, kind))
+        if is_parametrized(module):
+            return (
+                f"a parametrized {parent.__name__}; torch.nn.utils.parametrize.remove_parametrizations makes it plain"
+            )
         return f"{type(module).__name__} extends {parent.__name__}, and its forward may do something else"
+    if type(module) in MODULE_KINDS and "weight" in vars(module):
+        return "its weight is computed by a hook; take the hook off first, as with torch.nn.utils.remove_weight_norm"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         return "an embedding with max_norm or sparse gradients changes its table behind the quantiser's back"
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and output.dim() != module.weight.dim():

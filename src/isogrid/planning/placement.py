@@ -213,9 +213,10 @@ class Placement:
         try:
             fmt.scale_shape(tuple(weight.shape))
         except FormatError as error:
+            reason = str(error).rpartition("]: ")[2]
             raise FormatError(
-                f"{fmt} does not fit layer {layer.path!r}: {error}\n"
-                "Use one that does, or exclude the layer with a rule:\n"
+                f"{fmt} does not fit layer {layer.path!r}: {reason}\n"
+                "Use one that does, channel granularity, or exclude the layer with a rule:\n"
                 f"    - match: {layer.path}\n      keep: float"
             ) from None
 

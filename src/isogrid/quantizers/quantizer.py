@@ -137,10 +137,10 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Let the observer see a tensor, while observing; a moving range also follows it in training."""
+        """In training, let the observer see a tensor while observing, and a moving range follow it."""
         if self.observer is None:
             return
-        if self.observing or self.follows:
+        if (self.observing and self.training) or self.follows:
             self.observer.observe(x)
         if self.follows:
             self.set_affine(self.observer.affine(self.format, self.range))

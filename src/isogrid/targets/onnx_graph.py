@@ -102,8 +102,11 @@ def _make_scalars(graph: ir.Graph) -> None:
 
 def _prepare_weights(model: ir.Model) -> None:
     for node in list(model.graph):
-        weight = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        weight = node.inputs[0] if node.op_type in ("DequantizeLinear", "Gather") else None
         if weight is None or weight.const_value is None or weight.const_value.dtype != ir.DataType.INT8:
+            continue
+        if node.op_type == "Gather":  # the table of an embedding
+            _pack(weight, weight.const_value.numpy(), model)
             continue
         # Small weights stay int8 in ONNX Runtime and may be shared; see _copies.
         codes = weight.const_value.numpy()

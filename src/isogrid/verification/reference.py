@@ -49,8 +49,8 @@ class View:
         """At the input of a packed layer; the run goes on with the values returned."""
         return x
 
-    def leaving(self, name: str, y: Tensor) -> Tensor:
-        """At the output of a packed layer; the run goes on with the values returned."""
+    def leaving(self, name: str, layer: PackedLinear, x: Tensor, y: Tensor) -> Tensor:
+        """At the output of a packed layer, which was made of x; the run goes on with the values returned."""
         return y
 
 
@@ -71,7 +71,7 @@ def viewed(reference: nn.Module, view: View) -> Iterator[None]:
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
         view.finished()
-        return view.leaving(layers.pop(), output) if isinstance(module, PackedLinear) else None
+        return view.leaving(layers.pop(), module, args[0], output) if isinstance(module, PackedLinear) else None
 
     def watch(name: str, codes: Tensor) -> Tensor:
         count = calls[name.rpartition(".")[0]]

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from isogrid.layers.integer import PackedLinear
+from isogrid.layers.nbits import dequantize_matmul_nbits
 from isogrid.targets import Observed
 from isogrid.verification.names import site_of
 from isogrid.verification.reference import Quantization, View, viewed
@@ -15,7 +17,11 @@ from isogrid.verification.survey import Survey
 from isogrid.verification.tally import Tally
 
 RELATIVE_BOUND = 1e-6
-"""A float operation agrees to this share of its largest output, where the runtime adds up in an order of its own."""
+"""A float operation agrees to this share of its largest output, where the runtime adds up in an order of its own.
+
+For a packed layer it is the share of the largest sum of magnitudes, sum |x| |w|: rounding errors go by the terms of a
+sum, not by what is left when they cancel. Measured on ONNX Runtime 1.31: up to 1.3e-7 for 256 to 16,384 terms.
+"""
 
 
 class Replays:
@@ -62,7 +68,7 @@ class Replays:
         self.bounds[site] = self.survey.codes_from[name].depth * RELATIVE_BOUND
         return self.codes.setdefault(site, Tally())
 
-    def _of_values(self, name: str, operations: int) -> Tally:
+    def _of_values(self, name: str, operations: float) -> Tally:
         self.bounds[name] = operations * RELATIVE_BOUND
         return self.values.setdefault(name, Tally())
 
@@ -108,12 +114,19 @@ class _Substitution(View):
         self.replays._of_values(f"{name}.input", depth).add(theirs, x)
         return theirs
 
-    def leaving(self, name: str, y: Tensor) -> Tensor:
+    def leaving(self, name: str, layer: PackedLinear, x: Tensor, y: Tensor) -> Tensor:
         if name not in self.seen.layers:
             return y
         _, theirs = self.seen.layers[name]
-        self.replays._of_values(f"{name}.output", 1).add(theirs, y)
+        self.replays._of_values(f"{name}.output", 1).add(theirs, y, _largest_sum(layer, x))
         return theirs
+
+
+def _largest_sum(layer: PackedLinear, x: Tensor) -> float:
+    """The largest sum of magnitudes behind one output."""
+    stored: Any = layer
+    weight = dequantize_matmul_nbits(stored.weight, stored.weight_scale, None, layer.bits)
+    return float(nn.functional.linear(x.abs().float(), weight.abs()).nan_to_num(posinf=0.0).max())
 
 
 def _same(a: Tensor | None, b: Tensor) -> bool:

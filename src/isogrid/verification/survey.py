@@ -5,9 +5,9 @@ operations alone, so that every machine computes the same bits; and how many flo
 last point where verification looks, for each may round in its own order.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import prod
+from math import prod, sqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -41,11 +41,11 @@ class Origin(NamedTuple):
     Attributes:
         exact: through integers and exact operations alone, all the way from the inputs.
         depth: how many other float operations lie on the longest way from the last quantised tensor, packed layer or
-            input.
+            input; a sum of n products counts for sqrt(n) / 16 of them, as rounding errors wander.
     """
 
     exact: bool
-    depth: int
+    depth: float
 
 
 class Work(NamedTuple):
@@ -112,7 +112,7 @@ def survey(reference: nn.Module, inputs: tuple[Any, ...]) -> Survey:
 
     >>> found = survey(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), (torch.zeros(2, 4),))
     >>> found.outputs, found.work
-    ([Origin(exact=False, depth=1)], [Work(layer='0', path='0', macs=24)])
+    ([Origin(exact=False, depth=1.0)], [Work(layer='0', path='0', macs=24)])
     """
     found = Survey()
     found.run(reference, inputs)
@@ -130,34 +130,38 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def origin(self, x: Tensor) -> Origin:
         """Where a value comes from; what was never seen is an input or a parameter."""
-        return self._origins.get(id(x), Origin(True, 0))
+        return self._origins.get(id(x), Origin(True, 0.0))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         before = [self.origin(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         result = func(*args, **kwargs)
+        macs = _macs(func, args, kwargs, result)
         exact = all(origin.exact for origin in before)
-        depth = max((origin.depth for origin in before), default=0)
+        depth = max((origin.depth for origin in before), default=0.0)
         name = func._overloadpacket.__name__
         if func.namespace == "isogrid":
-            depth, exact = 0, exact and name not in FLOAT_ISOGRID_OPERATIONS
+            depth, exact = 0.0, exact and name not in FLOAT_ISOGRID_OPERATIONS
         elif name not in EXACT_OPERATIONS:
-            depth, exact = depth + 1, False
+            products = macs / max(1, result.numel()) if macs else 0.0
+            depth, exact = depth + max(1.0, sqrt(products) / 16), False
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._alive.append(tensor)
                 self._origins[id(tensor)] = Origin(exact, depth)
-        for macs in _macs(func, args, kwargs, result):
+        if macs:
             self.multiplied(macs)
         return result
 
 
-def _macs(func: Any, args: Any, kwargs: Any, result: Any) -> Iterator[int]:
+def _macs(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Multiplications with accumulation in a call."""
     name = func._overloadpacket.__name__
     if func.namespace == "isogrid":
         if name == "matmul_nbits":
-            yield result.numel() * args[1].shape[1] * args[6]
-        elif name in ("static_linear", "static_linear_float", "static_convolution"):
-            yield result.numel() * prod(args[3].shape[1:])
+            return int(result.numel() * args[1].shape[1] * args[6])
+        if name in ("static_linear", "static_linear_float", "static_convolution"):
+            return int(result.numel() * prod(args[3].shape[1:]))
     elif func._overloadpacket in flop_registry:
-        yield flop_registry[func._overloadpacket](*args, **kwargs, out_val=result) // 2
+        return int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)) // 2
+    return 0

@@ -10,7 +10,7 @@ class Tally:
     Attributes:
         compared, differing: entries.
         largest: the largest absolute difference; infinite where NaN meets a number, or shapes differ.
-        reach: the largest finite magnitude on the expected side.
+        reach: the largest finite magnitude on the expected side, or what was given instead.
 
     >>> tally = Tally()
     >>> tally.add(torch.tensor([1, 2, 5]), torch.tensor([1, 2, 3]))
@@ -32,15 +32,21 @@ class Tally:
         """The largest difference as a share of the largest magnitude expected."""
         return self.largest / self.reach if self.reach > 0 else self.largest
 
-    def add(self, actual: Tensor, expected: Tensor) -> None:
-        """Compare two tensors of one shape."""
+    def add(self, actual: Tensor, expected: Tensor, reach: float | None = None) -> None:
+        """Compare two tensors of one shape.
+
+        Args:
+            actual, expected: of any dtype.
+            reach: what a relative difference is relative to, where that is not the largest magnitude expected.
+        """
         self.compared += expected.numel()
         if actual.shape != expected.shape:
             self.differing += expected.numel()
             self.largest = float("inf")
             return
-        if expected.is_floating_point() and expected.numel():
-            self.reach = max(self.reach, float(expected.abs().nan_to_num(posinf=0.0).max()))
+        if reach is None and expected.is_floating_point() and expected.numel():
+            reach = float(expected.abs().nan_to_num(posinf=0.0).max())
+        self.reach = max(self.reach, reach or 0.0)
         if torch.equal(actual.to(expected.dtype), expected) and actual.dtype == expected.dtype:
             return
         a, b = actual.double(), expected.double()

@@ -141,8 +141,8 @@ class IntegerGrid(Grid):
         # Halfway between two mid-rise values lie the integers; they go up.
         rounded = torch.floor(x) if self.midrise else torch.round(x)
         # Adding zero where there is no zero point turns -0.0 into 0.0: an integer code has one zero.
-        rounded = rounded + (0.0 if zero_point is None else zero_point.to(torch.float32))
-        return rounded.clamp(self.low, self.high)
+        rounded += 0.0 if zero_point is None else zero_point.to(torch.float32)
+        return rounded.clamp_(self.low, self.high)
 
     def values(self) -> Tensor:
         """All grid values in ascending order, float32 [high - low + 1]."""

@@ -329,10 +329,10 @@ def _finish(ending: _Ending, rows: tuple[Tensor, ...], whole: Tensors) -> Result
     (accumulator,) = rows
     bias_codes, multiplier, *parts = whole
     assert bias_codes is not None and multiplier is not None
-    total = (accumulator.to(torch.int32) + bias_codes).to(torch.float32)
+    value = (accumulator.to(torch.int32) + bias_codes).to(torch.float32) * multiplier
     if accumulator.is_floating_point():
-        total = torch.where(accumulator.isnan(), torch.nan, total)
-    value = total * multiplier
+        # Integers cannot be NaN, but the output must be where the accumulator is.
+        value = value + (accumulator - accumulator).to(torch.float32)
     if not ending.names:
         return Results((value.clamp(min=0.0) if ending.relu else value,))
     affine, _ = ending.named(tuple(parts))
@@ -361,7 +361,7 @@ def _unfinish(ending: _Ending, rows: tuple[Tensor, ...], whole: Tensors) -> Resu
             sums = [by_name.get(name) for name in ending.names]
             gradient = found.x
         if ending.relu:
-            gradient = torch.where(y > 0, gradient, 0.0)
+            gradient = torch.ops.aten.threshold_backward(gradient, y, 0.0)
     factor_gradient = (gradient * accumulators[0]).sum_to_size(factor.shape) if ending.factor else None
     shift_gradient = gradient.sum_to_size(shift.shape) if ending.shift else None
     return Results((gradient * step,), (factor_gradient, shift_gradient, *sums))

@@ -1,4 +1,4 @@
-"""How the elementwise work runs: as one compiled kernel, or in pieces that stay in the processor's cache.
+"""How the elementwise work runs: as one compiled kernel, or piece by piece.
 
 A fake quantiser is a chain of cheap elementwise steps. Run one by one over a large tensor, each step reads and writes
 all of it. Compiled they are one pass, in an otherwise eager model too. Where there is no compiler the same functions
@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 SMALLEST_COMPILED = 2**18
 """Elements from which a tensor is worth a compiled kernel."""
 
-PIECE = 2**16
-"""Elements of a piece on the CPU: with its temporaries it fits into the second-level cache."""
+PIECE = 2**21
+"""Elements of a piece on the CPU: so many that the calls cost nothing, and few beside the weight of a large model."""
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -70,7 +70,7 @@ def run(function: Elementwise, fixed: Hashable, rows: tuple[Tensor, ...], whole:
 def in_pieces(function: Elementwise, fixed: Hashable, rows: tuple[Tensor, ...], whole: Tensors) -> Results:
     """What `run` does without a compiler."""
     count = len(rows[0])
-    step = max(1, PIECE * torch.get_num_threads() // max(1, rows[0].numel() // max(1, count)))
+    step = max(1, PIECE // max(1, rows[0].numel() // max(1, count)))
     if step >= count or rows[0].device.type != "cpu":
         return function(fixed, rows, whole)
     joined: list[Tensor | None] = []
@@ -115,10 +115,13 @@ class _Kernel:
             function.__defaults__,
             function.__closure__,
         )
-        self._compiled: Callable[..., Results] | None = torch.compile(code, dynamic=True, fullgraph=True)
+        self._compiled: Callable[..., Results] | None = torch.compile(code, fullgraph=True)
 
     def __call__(self, rows: tuple[Tensor, ...], whole: Tensors) -> Results:
         if self._compiled is not None:
+            for tensor in rows:
+                # One kernel serves tensors of all sizes.
+                torch._dynamo.maybe_mark_dynamic(tensor, list(range(tensor.dim())))
             try:
                 # Function modes around are none of a kernel's business, and would have it compiled once more.
                 with torch._C.DisableTorchFunction():

@@ -22,6 +22,9 @@ from isogrid.formats.granularity import Shape
 
 Tensors = Mapping[str, Tensor]
 
+SMALLEST_NORMAL = 2.0**-126
+"""Of float32."""
+
 NO_TENSORS: Tensors = MappingProxyType({})
 
 
@@ -107,7 +110,7 @@ class StraightThrough(Estimator):
     """
 
     def backward(self, gradient: Tensor, x: Tensor, affine: Affine, grid: Grid, tensors: Tensors) -> Gradients:
-        return Gradients(torch.where(Position(x, affine, grid).rounds_to_grid(), gradient, 0.0))
+        return Gradients(Position(x, affine, grid).where_on_grid(gradient))
 
 
 @dataclass(frozen=True)
@@ -138,10 +141,9 @@ class LSQ(Estimator):
 
     def backward(self, gradient: Tensor, x: Tensor, affine: Affine, grid: Grid, tensors: Tensors) -> Gradients:
         position = Position(x, affine, grid)
-        inside = position.is_inside()
-        slope = position.nearest() - torch.where(inside, position.in_units, 0.0)
-        scale_gradient = position.reduce(gradient.to(torch.float32) * slope)
-        return Gradients(torch.where(inside, gradient, 0.0), Affine(scale_gradient))
+        slope = position.nearest() - position.where_inside(position.in_units)
+        scale_gradient = position.reduce(gradient * slope)
+        return Gradients(position.where_inside(gradient), Affine(scale_gradient))
 
 
 class Position:
@@ -170,31 +172,39 @@ class Position:
         """The grid values, at scale 1; with a zero point, code minus zero point."""
         return self._grid.nearest(self.in_units, self.zero_point)
 
-    def is_inside(self) -> Tensor:
-        """Whether the unrounded value lies between the ends of the grid, ends included; bool."""
-        lowest, highest = self._ends()
-        return (self.in_units >= lowest) & (self.in_units <= highest)
+    def where_inside(self, values: Tensor) -> Tensor:
+        """Values [...] where the unrounded value lies between the ends of the grid, ends included; zero elsewhere."""
+        in_codes = self.in_units if self.zero_point is None else self.in_units + self.zero_point
+        return _where_between(values, in_codes, _below(self._grid.lowest), -_below(-self._grid.highest))
 
-    def rounds_to_grid(self) -> Tensor:
-        """Whether the rounded value lies between the ends of the grid; bool.
+    def where_on_grid(self, values: Tensor) -> Tensor:
+        """Values [...] where the rounded value lies between the ends of the grid; zero elsewhere.
 
-        On grids other than integers: whether the value is at most half the outermost step beyond the end.
+        On grids other than integers: where the value is at most half the outermost step beyond the end.
         """
         grid = self._grid
         if grid.dimension > 1:
             # A codebook of vectors has no ends of its own along one coordinate.
-            return torch.ones_like(self.in_units, dtype=torch.bool)
+            return values
         if isinstance(grid, IntegerGrid):
             rounded = torch.floor(self.in_units) if grid.midrise else torch.round(self.in_units)
             codes = rounded if self.zero_point is None else rounded + self.zero_point
-            return (codes >= grid.low) & (codes <= grid.high)
+            return _where_between(values, codes, grid.low - 0.5, grid.high + 0.5)
         # Seen in a mirror at the end of the grid, what lies within half a step of the end is what rounds to it.
         end = self.in_units.clamp(grid.lowest, grid.highest)
-        return self.is_inside() | (grid.nearest(2.0 * end - self.in_units) == end)
+        rounds_to_end = grid.nearest(2.0 * end - self.in_units) == end
+        return torch.where(rounds_to_end | (end == self.in_units), values, 0.0)
 
-    def _ends(self) -> tuple[Tensor | float, Tensor | float]:
-        lowest, highest = self._grid.lowest, self._grid.highest
-        return (lowest, highest) if self.zero_point is None else (lowest - self.zero_point, highest - self.zero_point)
+
+def _below(number: float) -> float:
+    """The next smaller float32; what a little more than half of the distance to it is rounded to."""
+    return number - max(abs(number) * 1.2 * 2.0**-24, SMALLEST_NORMAL)
+
+
+def _where_between(values: Tensor, x: Tensor, lowest: float, highest: float) -> Tensor:
+    """Values where x lies strictly between two numbers, or is NaN, else zero; several times faster than by a mask."""
+    passed: Tensor = torch.ops.aten.hardtanh_backward(values.to(x.dtype), x, lowest, highest)
+    return passed
 
 
 ESTIMATORS: dict[str, Estimator] = {"ste": StraightThrough(), "identity": Identity(), "lsq": LSQ()}

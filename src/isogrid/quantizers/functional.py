@@ -97,7 +97,7 @@ def saturation(x: Tensor, fmt: Format, affine: Affine) -> float:
     """
     blocks = Blocks(x, fmt, None if affine.scale is None else tuple(affine.scale.shape))
     position = Position(blocks.cut(x), affine.reshape(blocks.scale_view), fmt.grid)
-    return 1.0 - float(position.rounds_to_grid().to(torch.float32).mean())
+    return 1.0 - float(position.where_on_grid(torch.ones_like(position.in_units)).mean())
 
 
 def take_apart(operand: Operand | None) -> "tuple[Quantization, tuple[Tensor, ...]]":

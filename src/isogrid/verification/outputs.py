@@ -94,6 +94,7 @@ class Outputs:
 def batch_size(inputs: Sequence[Any]) -> int:
     """Examples in a batch: the first dimension of the first tensor that has one.
 
+    >>> import torch
     >>> batch_size((torch.zeros(()), torch.zeros(3, 8)))
     3
     """

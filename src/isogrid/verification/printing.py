@@ -59,12 +59,13 @@ def _groups(report: "VerificationReport") -> Iterator[tuple[str, Sequence[Any], 
     yield "codes of quantised tensors", [c for c in report.sites if c.exact], "0"
     yield "codes behind float arithmetic", [c for c in report.sites if not c.exact], "reported"
     integer = [c for c in report.replays if c.bound == 0]
-    yield "integer operations on the runtime's inputs", integer, "0"
+    yield "exact operations, replayed", integer, "0"
     codes = [c for c in report.replays if c.bound > 0 and c.of_codes]
-    yield "codes of floats on the runtime's inputs", codes, f"0 beyond {_bound(codes)}"
+    yield "codes of floats, replayed", codes, f"0 beyond {_bound(codes)}"
     values = [c for c in report.replays if c.bound > 0 and not c.of_codes]
-    worst = f"up to {max((c.max_difference for c in values), default=0.0):.1e}"
-    yield "float operations on the runtime's inputs", values, f"{worst} ≤ {_bound(values)}"
+    worst = max(values, key=lambda c: c.max_difference / c.bound, default=None)
+    found = "" if worst is None else f"{worst.max_difference:.0e} ≤ {worst.bound:.0e}"
+    yield "float operations, replayed", values, found
     yield "outputs, bit for bit", [c for c in report.outputs if c.exact], "0"
     yield "outputs behind float arithmetic", [c for c in report.outputs if not c.exact], "reported"
 
@@ -84,5 +85,9 @@ def _add(table: Table, name: str, compared: str, differing: str, demanded: str, 
 
 def _operators(report: "VerificationReport") -> Text:
     """What the runtime really runs, by type."""
-    counts = Counter(f"{check.operator} in {check.arithmetic}" for check in report.graph)
-    return Text("runs " + ", ".join(f"{count} × {name}" for name, count in counts.items()) if counts else "")
+    lines = []
+    for arithmetic in ("integer", "float"):
+        counts = Counter(check.operator for check in report.graph if check.arithmetic == arithmetic)
+        if counts:
+            lines.append(f"runs in {arithmetic}: " + ", ".join(f"{n} × {name}" for name, n in counts.items()))
+    return Text("\n".join(lines))

@@ -136,6 +136,7 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         before = [self.origin(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         result = func(*args, **kwargs)
+        tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         macs = _macs(func, args, kwargs, result)
         exact = all(origin.exact for origin in before)
         depth = max((origin.depth for origin in before), default=0.0)
@@ -143,12 +144,11 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.namespace == "isogrid":
             depth, exact = 0.0, exact and name not in FLOAT_ISOGRID_OPERATIONS
         elif name not in EXACT_OPERATIONS:
-            products = macs / max(1, result.numel()) if macs else 0.0
+            products = macs / max(1, tensors[0].numel()) if macs else 0.0
             depth, exact = depth + max(1.0, sqrt(products) / 16), False
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._alive.append(tensor)
-                self._origins[id(tensor)] = Origin(exact, depth)
+        for tensor in tensors:
+            self._alive.append(tensor)
+            self._origins[id(tensor)] = Origin(exact, depth)
         if macs:
             self.multiplied(macs)
         return result
@@ -162,6 +162,8 @@ def _macs(func: Any, args: Any, kwargs: Any, result: Any) -> int:
             return int(result.numel() * args[1].shape[1] * args[6])
         if name in ("static_linear", "static_linear_float", "static_convolution"):
             return int(result.numel() * prod(args[3].shape[1:]))
+    elif name == "mkldnn_rnn_layer":  # an LSTM on the CPU: its input, and the weights of input and state
+        return int(args[0][..., 0].numel() * (args[1].numel() + args[2].numel()))
     elif func._overloadpacket in flop_registry:
         return int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)) // 2
     return 0

@@ -1,0 +1,52 @@
+"""What the reference's own run says: which values are exact, what lies before them, and all that multiplies."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from isogrid.verification.survey import Origin, Work, survey
+
+
+class Branches(nn.Module):
+    """Moves, exact operations and float ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(256, 256)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        moved = F.max_pool1d(F.relu(x / 3).transpose(0, 1), 2).transpose(0, 1) - 1
+        product = self.layer(x)
+        return moved, torch.sigmoid(moved), product, torch.softmax(self.layer(product), -1), product @ product.T
+
+
+def test_values_are_exact_until_something_rounds_in_an_order_of_its_own() -> None:
+    found = survey(Branches(), (torch.randn(4, 256),))
+    assert found.outputs == [
+        Origin(True, 0.0),
+        Origin(False, 1.0),
+        Origin(False, 1.0),
+        Origin(False, 3.0),
+        Origin(False, 2.0),
+    ]
+    assert found.work == [
+        Work("layer", "layer", 4 * 256 * 256), Work("layer_2", "layer", 4 * 256 * 256), Work(None, "", 4 * 4 * 256),
+    ]  # fmt: skip
+
+
+def test_long_sums_count_for_more_operations() -> None:
+    assert survey(nn.Linear(4096, 2), (torch.zeros(1, 4096),)).outputs == [Origin(False, 4.0)]
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "macs"),
+    [
+        (nn.Conv2d(4, 6, 3, padding=1, groups=2), (2, 4, 5, 5), 2 * 6 * 25 * 2 * 9),
+        (nn.Linear(8, 3), (2, 7, 8), 2 * 7 * 24),
+        (nn.LSTM(8, 8, batch_first=True), (3, 5, 8), 3 * 5 * 32 * 16),
+    ],
+    ids=["convolution", "linear", "lstm"],
+)
+def test_every_multiplication_is_counted(module: nn.Module, shape: tuple[int, ...], macs: int) -> None:
+    assert sum(work.macs for work in survey(module, (torch.zeros(shape),)).work) == macs

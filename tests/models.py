@@ -35,6 +35,19 @@ class Residual(nn.Module):
         return self.fc(self.dropout(torch.flatten(self.mean(joined), 1)))
 
 
+class Small(nn.Module):
+    """Convolution with batch norm and ReLU, an addition in place, pooling, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        y += x
+        return self.fc(F.relu(y).mean((2, 3)))
+
+
 class Spellings(nn.Module):
     """Functions and methods by all their names."""
 
@@ -169,6 +182,7 @@ def volume() -> nn.Module:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
     "residual": (Residual, lambda: (torch.randn(5, 1, 8, 8),)),
+    "small": (Small, lambda: (torch.randn(3, 2, 4, 4),)),
     "spellings": (Spellings, lambda: (torch.randn(3, 2, 6, 6),)),
     "geometries": (Geometries, lambda: (torch.randn(2, 2, 9, 9),)),
     "shared": (Shared, lambda: (torch.randn(7, 6),)),

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -122,10 +121,15 @@ class _Recorder(TorchFunctionMode):
     @contextmanager
     def looking_on(self) -> Iterator[None]:
         """Record while open."""
-        hooks = (
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, with_kwargs=True),
-        )
+        # Before a user's own hooks: what those do to inputs and outputs is not the module's work.
+        hooks = [
+            hook
+            for module in self.paths
+            for hook in (
+                module.register_forward_pre_hook(self._enter, prepend=True),
+                module.register_forward_hook(self._leave, prepend=True, with_kwargs=True),
+            )
+        ]
         try:
             with self:
                 yield
@@ -144,7 +148,7 @@ class _Recorder(TorchFunctionMode):
         kind, name, reason = self._classify(func, args, kwargs, outputs)
         # A function may return its argument as it is: Tensor.to, Tensor.contiguous.
         unchanged = all(any(o is x for x in before) and self._is_current(o) for o in outputs)
-        if outputs and inputs and not unchanged:
+        if outputs and inputs and not (unchanged and kind in ("float", "pass")):
             type_ = getattr(func, "__name__", str(func))
             self._record(name, kind, type_, inputs, outputs, self._scope().module, reason)
         return result
@@ -179,7 +183,7 @@ class _Recorder(TorchFunctionMode):
         return module in self._alone and calls_site(module)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if module not in self.paths or self._unit is not None:
+        if self._unit is not None:
             return
         self._reached.add(module)
         self._stack.append(_Entry(module, {}))

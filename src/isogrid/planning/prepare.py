@@ -10,11 +10,10 @@ from isogrid.errors import NonFiniteError, PlanError
 from isogrid.formats import named_format
 from isogrid.layers.batch_norm import AbsorbedBatchNorm, AbsorbedBatchNorm1d, AbsorbedBatchNorm2d, AbsorbedBatchNorm3d
 from isogrid.layers.convolution import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d
-from isogrid.layers.dynamic import RuntimeRule, rule_of
+from isogrid.layers.dynamic import rule_of
 from isogrid.layers.embedding import QuantizedEmbedding
 from isogrid.layers.layer import QuantizedLayer, link, replacement
 from isogrid.layers.linear import QuantizedLinear
-from isogrid.layers.nbits import quantizes_input
 from isogrid.layers.scope import OperationScope, check_scope, open_scope
 from isogrid.layers.sites import QuantizedAdd, QuantizedAveragePool, QuantizedConcat, QuantizedSite
 from isogrid.planning.plan import LayerPlan, OperationPlan, Plan, Site
@@ -160,19 +159,11 @@ class _Builder:
         module.arithmetic = "static" if plan.arithmetic == "static" else "float"
         module.activation = plan.activation
         module.input_on_grid = plan.input.on_grid if plan.input is not None else False
-        module.input_rule = self._input_rule(plan)
+        module.input_rule = rule_of(module.weight_quantizer.format) if plan.arithmetic == "dynamic" else None
         self._give(module, plan.path, "input_quantizer", plan.input.grid if plan.input is not None else None)
         self._give(module, plan.path, "output_quantizer", plan.output)
         norm: Any = self._module(plan.batch_norm) if plan.batch_norm is not None else None
         link(module, "batch_norm", norm)
-
-    def _input_rule(self, plan: LayerPlan) -> RuntimeRule | None:
-        """How the runtime quantises the input of a dynamic layer, if it does so for this format."""
-        if plan.arithmetic != "dynamic":
-            return None
-        weight_format = named_format(self.plan.site(plan.weight).format)
-        rule = rule_of(weight_format)
-        return rule if quantizes_input(int(weight_format.grid.bits), rule.block, accuracy_level=4) else None
 
     def _sites(self) -> dict[str, dict[str, nn.Module]]:
         found: dict[str, dict[str, nn.Module]] = {}

@@ -155,6 +155,9 @@ class Quantizer(nn.Module):
         if self.format.scale is None:
             return Affine(None)
         affine = Affine(self.scale, self.zero_point, self.offset)
+        if self.scale_rule == "moving":
+            # Another tensor on the same grid may move it before backward needs what this one was quantised by.
+            return Affine(*[None if part is None else part.clone() for part in affine])
         if not self.range_is_frozen:
             return affine
         return Affine(*[None if part is None else part.detach() for part in affine])

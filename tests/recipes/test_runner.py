@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from isogrid.recipes.runner import RunResult, run
 from isogrid.recipes.schema import Recipe
 
 ROOT = Path(__file__).parents[2]
+PATHS = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
 RECIPE = """\
 model: tests.recipes.tiny:model
 data: tests.recipes.tiny:data
@@ -70,7 +72,7 @@ def test_a_killed_run_continues_with_the_losses_it_would_have_had(tmp_path: Path
     text.write_text(RECIPE)
     killed = subprocess.run(
         [sys.executable, "-m", "isogrid", "run", str(text), "--set", f"output={tmp_path / 'killed'}"],
-        env={**os.environ, "DIE_AT": str(die_at), "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])},
+        env={**os.environ, "DIE_AT": str(die_at), "PYTHONPATH": PATHS},
         cwd=tmp_path,
         capture_output=True,
         check=False,
@@ -176,6 +178,39 @@ def test_float_weights_that_do_not_fit_are_refused(tmp_path: Path, content: byte
     weights.write_bytes(content)
     with pytest.raises(RecipeError, match="checkpoint: "):
         run(recipe(tmp_path / "run", f"{RECIPE}checkpoint: {weights}\n"))
+
+
+def test_two_processes_see_the_batches_of_one(tmp_path: Path, no_export: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.state import AcceleratorState
+
+    # Without noise, dropout and batch statistics, what a batch is divided into does not matter.
+    text = RECIPE.replace("tiny:model", "tiny:plain_model").replace("tiny:data", "tiny:plain_data")
+    run(recipe(tmp_path / "one", text))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    for name, value in {**environment, "RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}.items():
+        monkeypatch.setenv(name, value)
+    second = subprocess.Popen(
+        [sys.executable, "-m", "isogrid", "run", str(file), "--set", f"output={tmp_path / 'two'}"],
+        env={**os.environ, "RANK": "1", "LOCAL_RANK": "1", "PYTHONPATH": PATHS},
+        cwd=tmp_path,
+    )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        run(recipe(tmp_path / "two", text))
+        assert second.wait(timeout=60) == 0
+    finally:
+        second.kill()
+        torch.distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+    one, two = (scalars(tmp_path / name, "loss") for name in ("one", "two"))
+    # The first loss differs by the order of a sum of 8 float32 values; codes that flip drive later ones apart.
+    assert two[0] == pytest.approx(one[0], rel=1e-6)
+    assert [step for step, _ in two] == list(range(1, 13))
 
 
 def test_bfloat16_computes_in_bfloat16_and_saves_in_float32(tmp_path: Path, no_export: None) -> None:

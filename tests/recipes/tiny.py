@@ -52,6 +52,17 @@ def diverging_data() -> Data:
     return Data(pairs.train, pairs.test, lambda outputs, targets: F.cross_entropy(outputs, targets) * float("nan"))
 
 
+def plain_model() -> nn.Module:
+    """It computes the same however a batch is divided."""
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def plain_data() -> Data:
+    """Without noise."""
+    pairs = data()
+    return Data(pairs.test, pairs.test, loss)
+
+
 def wide_model() -> nn.Module:
     """Its first layer has groups of 32."""
     return nn.Sequential(nn.Flatten(), nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3), nn.Identity())

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from isogrid.errors import RecipeError
 from isogrid.recipes.data import Batches, Data, mixed_seed, size
-from isogrid.recipes.schema import Optimization
+from isogrid.recipes.schema import Optimization, Recipe
 from isogrid.training import Schedule
 
 if TYPE_CHECKING:
@@ -30,18 +30,22 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 """The optimizers by name; each parameter group brings its learning rate."""
 
 
-def make_accelerator(settings: Optimization) -> "Accelerator":
+def make_accelerator(recipe: Recipe) -> "Accelerator":
     """Accelerate, set up for a run; under torchrun or accelerate launch it joins the other processes."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
+    settings, schedule = recipe.training, recipe.schedule
+    # A phase that leaves quantisers off leaves their scales without a gradient.
+    partial = bool(schedule.float_steps or schedule.observe_steps or schedule.weight_only_steps)
     return Accelerator(
+        # Without this, processes on CPUs alone would not know of each other.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if settings.precision == "bfloat16" else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=settings.accumulation, sync_with_dataloader=False
         ),
-        # While a phase of the schedule leaves quantisers off, their scales have no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=partial)],
     )
 
 

@@ -47,7 +47,7 @@ def quickstart(folder: str | Path, seed: int = 0, progress: Progress | None = No
     """
     folder, progress = Path(folder), progress or Silent()
     recipes = [load_recipe(name, [f"training.seed={seed}", f"float_training.seed={seed}"]) for name in RECIPES]
-    data, accelerator = make_data(recipes[0].data), make_accelerator(recipes[0].training)
+    data, accelerator = make_data(recipes[0].data), make_accelerator(recipes[0])
     outcomes: list[Outcome] = []
     with progress.task("models", 2 + 2 * len(recipes)) as advance:
 

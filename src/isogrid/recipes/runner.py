@@ -72,7 +72,7 @@ def run(recipe: Recipe, *, resume: bool = False, restart: bool = False, progress
     progress = progress or Silent()
     folder = RunFolder(Path(recipe.output or "runs/unnamed"))
     _check_folder(folder, recipe, resume, restart)
-    accelerator = make_accelerator(recipe.training)
+    accelerator = make_accelerator(recipe)
     data = make_data(recipe.data)
     starts_anew = not (resume and folder.has_checkpoint)
     if starts_anew:

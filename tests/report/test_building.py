@@ -7,21 +7,31 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from torch import nn
 
 import isogrid as ig
 from isogrid.errors import PlanError
 from isogrid.report import Report, model_report, render_report, result_row
 from isogrid.report.building import fidelity
+from isogrid.targets import Artifact
 from tests.verification.examples import Mixed, Residual, Tokens, change, edited, exported
 
+Case = tuple[nn.Module, Artifact, torch.Tensor]
 
-def test_a_static_model(tmp_path: Path) -> None:
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A model whose batch norm turns the sign of half of its channels."""
     torch.manual_seed(0)
     x = torch.randn(8, 1, 8, 8)
-    float_model = Residual()
+    model = Residual()
     with torch.no_grad():
-        float_model.stem[1].weight.copy_(torch.linspace(-1, 1, 8) + 0.1)
-    model, artifact = exported(float_model, (x,), tmp_path / "model.onnx", scheme="w4a8")
+        model.stem[1].weight.copy_(torch.linspace(-1, 1, 8) + 0.1)
+    return *exported(model, (x,), tmp_path_factory.mktemp("static") / "model.onnx", scheme="w4a8"), x
+
+
+def test_a_static_model(static: Case) -> None:
+    model, artifact, x = static
     verification = ig.verify(model, artifact, [x])
     report = model_report("W4A8", "qat", model, verification)
     assert [layer.name for layer in report.layers] == ["stem.0", "conv", "head"]
@@ -39,15 +49,10 @@ def test_a_static_model(tmp_path: Path) -> None:
     assert "stem.0" in page
 
 
-def test_the_histogram_counts_the_codes_that_the_file_holds(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(8, 1, 8, 8)
-    float_model = Residual()
-    with torch.no_grad():
-        float_model.stem[1].weight.copy_(torch.linspace(-1, 1, 8) + 0.1)
-    model, artifact = exported(float_model, (x,), tmp_path / "model.onnx", scheme="w2a8")
+def test_the_histogram_counts_the_codes_that_the_file_holds(static: Case) -> None:
+    model, artifact, _ = static
     stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(artifact.path).graph.initializer}
-    for layer in model_report("W2A8", "ptq", model).layers:
+    for layer in model_report("W4A8", "ptq", model).layers:
         codes = stored[f"{layer.name}.weight"].astype("int32")
         assert layer.grid_counts == tuple(int((codes == value).sum()) for value in layer.grid_values)
         assert layer.saturation is not None and layer.sqnr_db is not None and layer.sqnr_db > 0
@@ -71,10 +76,8 @@ def test_a_weight_only_model_and_one_with_float_parts(tmp_path: Path) -> None:
     assert {row.bound for row in report.fidelity.replays} >= {"0 codes", "0 codes beyond 1e-06 relative"}
 
 
-def test_a_verification_that_fails_is_a_fidelity_that_fails(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(8, 1, 8, 8)
-    model, artifact = exported(Residual(), (x,), tmp_path / "model.onnx")
+def test_a_verification_that_fails_is_a_fidelity_that_fails(static: Case, tmp_path: Path) -> None:
+    model, artifact, x = static
     found = fidelity(ig.verify(model, edited(artifact, change("conv.weight"), tmp_path / "changed.onnx"), [x]))
     assert not found.holds
     assert next((row.name, row.measured) for row in found.bounds if not row.holds) == ("stored values that differ", 1)

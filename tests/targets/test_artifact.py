@@ -1,6 +1,8 @@
 """An artefact and its sidecar belong together, whatever happens."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,6 +188,22 @@ def test_a_signed_file_that_is_no_model_is_said(tmp_path: Path, plan: Plan) -> N
     path = written(tmp_path / "model.onnx", plan, b"no protobuf").path
     with pytest.raises(TargetError, match="cannot load"):
         load_artifact(path)
+
+
+def test_without_onnxruntime_everything_imports_and_the_target_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for name in [name for name in sys.modules if name.startswith("isogrid.targets.onnx")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(MissingExtraError, match=r"needs the package onnxruntime, which is not installed.*pip install"):
+        ig.plan(nn.Linear(4, 4), example_inputs=(torch.zeros(1, 4),))
+
+
+def test_importing_isogrid_imports_no_runtime() -> None:
+    code = "import sys, isogrid; print([m for m in ('onnxruntime', 'onnx', 'gguf', 'torchao') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 def test_a_target_that_is_not_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

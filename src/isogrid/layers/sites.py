@@ -15,6 +15,7 @@ from isogrid.layers.integer import IntegerAdd, IntegerAveragePool, IntegerConcat
 from isogrid.layers.layer import static_grid
 from isogrid.layers.pooling import pooling_of
 from isogrid.layers.static import with_exact_value
+from isogrid.layers.tables import of_two_codes
 from isogrid.quantizers import Operand, Quantizer, fake_quantize
 
 ExactCodes = Callable[..., Tensor]
@@ -112,7 +113,7 @@ class QuantizedAdd(QuantizedSite):
         def exact_codes(*output: Any) -> Tensor:
             codes = [stored(x, operand) for x, operand in zip((a, b), operands, strict=True)]
             first, second = reversed(codes) if is_broadcast(a, b) else codes
-            return arithmetic.add(*first, *second, *output)
+            return of_two_codes(arithmetic.add, first, second, *output)
 
         return self.finish(a + b, operands, exact_codes)
 

@@ -120,6 +120,7 @@ class _Static:
     ):
         self.operation, self.x, self.weight, self.output = operation, x, weight, output
         self.relu, self.watch = relu, watch
+        self.parts = (x, weight, output)
 
     def split(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
         """What belongs to input, weight and output."""
@@ -132,13 +133,6 @@ class _Static:
         if not output.quantizes:
             return _Ending(self.relu, None, None, (), factor, shift)
         return _Ending(self.relu, output.format.grid, output.estimator, output.names, factor, shift)
-
-    def output_parts(self, tensors: tuple[Tensor, ...]) -> Tensors:
-        """The tensors of the output's quantisation, affine parameters as stored."""
-        if not self.output.quantizes:
-            return ()
-        stored = self.output.stored(tensors)._asdict()
-        return tuple([stored.get(name, tensor) for name, tensor in zip(self.output.names, tensors, strict=True)])
 
     def reach(self, zero_point: Tensor | None) -> float:
         """No product of two units is larger."""
@@ -192,8 +186,10 @@ class _StaticOperation(torch.autograd.Function):
         fixed: _Static,
         *tensors: Tensor,
     ) -> Tensor:
-        x_tensors, weight_tensors, output_tensors = fixed.split(tensors)
-        zero_point = fixed.x.stored(x_tensors).zero_point
+        x_tensors, weight_tensors, output_tensors = (
+            part.stored(own) for part, own in zip(fixed.parts, fixed.split(tensors), strict=True)
+        )
+        zero_point = fixed.x.affine(x_tensors).zero_point
         with torch.autocast(x.device.type, enabled=False):
             if integer_product_pays(fixed.operation, x, weight):
                 (codes,) = fixed.x.apply(_codes, x, x_tensors)
@@ -210,17 +206,23 @@ class _StaticOperation(torch.autograd.Function):
         kept = codes if fixed.x.on_grid else x
         is_linear = not (fixed.relu or fixed.output.quantizes or ctx.needs_input_grad[2])
         ctx.save_for_backward(
-            kept, weight, None if is_linear else accumulator.to(torch.float32), factor, shift, *tensors
+            kept,
+            weight,
+            None if is_linear else accumulator.to(torch.float32),
+            factor,
+            shift,
+            *x_tensors,
+            *weight_tensors,
+            *output_tensors,
         )
         ctx.fixed, ctx.x_dtype = fixed, x.dtype
         channels = _Channels(fixed.operation.channel_axis, accumulator)
         if fixed.watch is not None:
             y = channels.cut(accumulator).to(torch.float32) * channels.spread(factor) + channels.spread(shift)
             fixed.watch(y.clamp(min=0.0) if fixed.relu else y)
-        output_scale = fixed.output.stored(output_tensors).scale if fixed.output.quantizes else None
+        output_scale = fixed.output.affine(output_tensors).scale
         multiplier = step if output_scale is None else step / output_scale
-        vectors = (bias_codes, multiplier, *fixed.output_parts(output_tensors))
-        whole = tuple([channels.spread(vector) for vector in vectors if vector is not None])
+        whole = tuple([channels.spread(vector) for vector in (bias_codes, multiplier, *output_tensors)])
         (values,), _ = run(_finish, fixed.ending(), (channels.cut(accumulator),), whole)
         assert values is not None
         return channels.join(values).detach()  # no view, so that the model may write to it
@@ -232,14 +234,13 @@ class _StaticOperation(torch.autograd.Function):
         x_tensors, weight_tensors, output_tensors = fixed.split(tensors)
         x_needs, weight_needs, _ = fixed.split(ctx.needs_input_grad[7:])
         needs_x, needs_weight = ctx.needs_input_grad[0] or any(x_needs), ctx.needs_input_grad[1] or any(weight_needs)
-        x_affine, weight_affine = fixed.x.stored(x_tensors), fixed.weight.stored(weight_tensors)
+        x_affine, weight_affine = fixed.x.affine(x_tensors), fixed.weight.affine(weight_tensors)
         assert x_affine.scale is not None and weight_affine.scale is not None
         x_scale = x_affine.scale.reshape(-1)
 
         ending = fixed.ending(*ctx.needs_input_grad[2:4])
         channels = _Channels(fixed.operation.channel_axis, gradient if accumulator is None else accumulator)
-        vectors = (factor / x_scale, factor, shift, *fixed.output_parts(output_tensors))
-        whole = tuple([channels.spread(vector) for vector in vectors if vector is not None])
+        whole = tuple([channels.spread(vector) for vector in (factor / x_scale, factor, shift, *output_tensors)])
         tall = (gradient,) if accumulator is None else (gradient, accumulator)
         (passed,), sums = run(_unfinish, ending, tuple([channels.cut(tensor) for tensor in tall]), whole)
         assert passed is not None
@@ -279,9 +280,10 @@ class _StaticOperation(torch.autograd.Function):
 class _ExactValue(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, units: Tensor, fixed: Quantization, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(y, *tensors)
+        stored = fixed.stored(tensors)
+        ctx.save_for_backward(y, *stored)
         ctx.fixed = fixed
-        scale = fixed.stored(tensors).scale
+        scale = fixed.affine(stored).scale
         assert scale is not None
         return units * scale
 

@@ -106,7 +106,7 @@ class _Kernel:
     """A function compiled for one fixed argument, and plain from the first time that fails."""
 
     def __init__(self, function: Elementwise, fixed: Hashable):
-        self._function, self._fixed = function, fixed
+        self._function, self._fixed, self._is_ready = function, fixed, False
         # What torch.compile has compiled hangs on the code object, a limited number of times: each kernel has its own.
         code = FunctionType(
             function.__code__.replace(),
@@ -119,9 +119,11 @@ class _Kernel:
 
     def __call__(self, rows: tuple[Tensor, ...], whole: Tensors) -> Results:
         if self._compiled is not None:
-            for tensor in rows:
-                # One kernel serves tensors of all sizes.
-                torch._dynamo.maybe_mark_dynamic(tensor, list(range(tensor.dim())))
+            if not self._is_ready:
+                # One kernel shall serve tensors of all sizes.
+                for tensor in rows:
+                    torch._dynamo.maybe_mark_dynamic(tensor, list(range(tensor.dim())))
+                self._is_ready = True
             try:
                 # Function modes around are none of a kernel's business, and would have it compiled once more.
                 with torch._C.DisableTorchFunction():

@@ -6,14 +6,14 @@ float layer does: its input, its weight and a few scales.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from isogrid.formats import Affine, Format, Grid
-from isogrid.formats.granularity import Shape, block_view
+from isogrid.formats.granularity import Shape
+from isogrid.quantizers.blocks import Blocks
 from isogrid.quantizers.compiled import Elementwise, Results, Tensors, run
 from isogrid.quantizers.estimators import Estimator, Position
 
@@ -95,7 +95,7 @@ def saturation(x: Tensor, fmt: Format, affine: Affine) -> float:
     >>> saturation(torch.tensor([-9.0, 0.0, 7.4, 9.0]), named_format("int4/tensor"), Affine(torch.ones(1)))
     0.5
     """
-    blocks = Blocks(x, fmt, None if affine.scale is None else tuple(affine.scale.shape))
+    blocks = Blocks.of(x, fmt.granularity, None if affine.scale is None else tuple(affine.scale.shape))
     position = Position(blocks.cut(x), affine.reshape(blocks.scale_view), fmt.grid)
     return 1.0 - float(position.where_on_grid(torch.ones_like(position.in_units)).mean())
 
@@ -110,13 +110,29 @@ def take_apart(operand: Operand | None) -> "tuple[Quantization, tuple[Tensor, ..
 
 
 class Quantization:
-    """The part of an operand that is no tensor, and the names of those that are; no operand leaves x as it is."""
+    """The part of an operand that is no tensor, and the names of those that are; no operand leaves x as it is.
+
+    All methods but `stored` take the tensors that `stored` returns.
+    """
 
     def __init__(self, operand: Operand | None, names: tuple[str, ...]):
         self.names = names
         self.quantizes = operand is not None
         if operand is not None:
             self.format, self.estimator, self.on_grid = operand.format, operand.estimator, operand.on_grid
+
+    def stored(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The tensors, with scale, zero point and offset as they are stored; detached."""
+        if not self.quantizes:
+            return ()
+        named = {name: tensor.detach() for name, tensor in zip(self.names, tensors, strict=True)}
+        stored = self.format.stored(self.affine(tuple(named.values())))._asdict()
+        return tuple([stored.get(name, tensor) for name, tensor in named.items()])
+
+    def affine(self, tensors: tuple[Tensor, ...]) -> Affine:
+        """Those of the tensors that are affine parameters."""
+        named = dict(zip(self.names, tensors, strict=True))
+        return Affine(*[named.get(name) for name in Affine._fields])
 
     def forward(self, x: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
         """x quantised and blended, in x's dtype."""
@@ -127,12 +143,6 @@ class Quantization:
         blocks, rule, rows, whole = self._arrange(x, tensors)
         results = run(function, rule, (blocks.cut(x), *rows), whole)
         return [blocks.join(values) for values in results.rows if values is not None]
-
-    def stored(self, tensors: tuple[Tensor, ...]) -> Affine:
-        """Scale, zero point and offset as stored, detached."""
-        named = dict(zip(self.names, tensors, strict=True))
-        parts = [named[name].detach() if name in named else None for name in Affine._fields]
-        return self.format.stored(Affine(*parts))
 
     def backward(self, gradient: Tensor, x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor | None]]:
         """Gradients of x and of each named tensor."""
@@ -165,85 +175,18 @@ class Quantization:
 
     def _arrange(self, x: Tensor, tensors: tuple[Tensor, ...]) -> "tuple[Blocks, Rule, tuple[Tensor, ...], Tensors]":
         """Everything but x in the block view, split into what goes along with its rows and what does not."""
-        named = dict(zip(self.names, tensors, strict=True))
-        stored = self.stored(tensors)._asdict()
-        scale = stored["scale"]
-        blocks = Blocks(x, self.format, None if scale is None else tuple(scale.shape))
+        scale = self.affine(tensors).scale
+        blocks = Blocks.of(x, self.format.granularity, None if scale is None else tuple(scale.shape))
         rows: dict[str, Tensor] = {}
         whole: dict[str, Tensor] = {}
-        for name, tensor in named.items():
-            part = stored.get(name)
-            if part is not None:
-                view, is_aligned = part.reshape(blocks.scale_view), True
+        for name, tensor in zip(self.names, tensors, strict=True):
+            if name in Affine._fields:
+                view, is_aligned = tensor.reshape(blocks.scale_view), True
             else:
                 view, is_aligned = (tensor.detach(), False) if name == STRENGTH else blocks.align(tensor)
             (rows if is_aligned and len(view) == blocks.view[0] != 1 else whole)[name] = view
         rule = Rule(self.format.grid, self.estimator, tuple(rows), tuple(whole))
         return blocks, rule, tuple(rows.values()), tuple(whole.values())
-
-
-class Blocks:
-    """The block view of a tensor: its shape with neighbouring dimensions merged that share a scale, or do not.
-
-    Args:
-        x: the tensor [...].
-        fmt: its granularity says how blocks are cut.
-        scale_shape: of its scale; None where the format has none.
-
-    Attributes:
-        view: the shape to work in; the first dimension is the one along which the work may be cut into pieces.
-        scale_view: the shape of the scale that broadcasts against it.
-    """
-
-    def __init__(self, x: Tensor, fmt: Format, scale_shape: Shape | None):
-        self._shape, self._scale_shape, self._granularity = tuple(x.shape), scale_shape, fmt.granularity
-        arranged = fmt.granularity.arrange(x)
-        self._order: tuple[int, ...] | None = None
-        if scale_shape is None or prod(scale_shape) == 1:
-            # One scale for all: the order of the dimensions is free, and that of the memory is the fastest.
-            self._order = _memory_order(arranged)
-            arranged = arranged.permute(self._order)
-        self._arranged_shape = tuple(arranged.shape)
-        tensor_view, scale_view = block_view(self._arranged_shape, scale_shape or (1,))
-        merged: list[tuple[int, int]] = []
-        for size, pieces in zip(tensor_view, scale_view, strict=True):
-            if merged and (merged[-1][1] == 1) == (pieces == 1):
-                merged[-1] = (merged[-1][0] * size, merged[-1][1] * pieces)
-            elif size != 1 or not merged:
-                merged.append((size, pieces))
-        if len(merged) == 1 and len(tensor_view) > 1:
-            # One scale for all: rows are as good a piece as any.
-            last = tensor_view[-1]
-            merged = [(merged[0][0] // max(1, last), 1), (last, 1)] if merged[0][1] == 1 else merged
-        self.view = tuple(size for size, _ in merged)
-        self.scale_view = tuple(pieces for _, pieces in merged)
-
-    def cut(self, tensor: Tensor) -> Tensor:
-        """A tensor of x's shape in the view."""
-        arranged = self._granularity.arrange(tensor.detach())
-        return (arranged if self._order is None else arranged.permute(self._order)).reshape(self.view)
-
-    def align(self, tensor: Tensor) -> tuple[Tensor, bool]:
-        """A tensor of the input's or the scale's shape in the view, and true; any other as it is, and false."""
-        if tensor.shape == self._shape:
-            return self.cut(tensor), True
-        if tensor.shape == self._scale_shape:
-            return tensor.detach().reshape(self.scale_view), True
-        return tensor.detach(), False
-
-    def join(self, tensor: Tensor) -> Tensor:
-        """Back from the view."""
-        arranged = tensor.reshape(self._arranged_shape)
-        if self._order is not None:
-            arranged = arranged.permute([self._order.index(dim) for dim in range(len(self._order))])
-        return self._granularity.restore(arranged, self._shape)
-
-
-def _memory_order(x: Tensor) -> tuple[int, ...]:
-    """The dimensions from the one whose elements lie furthest apart to the one whose elements are neighbours."""
-    if torch.compiler.is_compiling() or x.is_contiguous():
-        return tuple(range(x.dim()))
-    return tuple(sorted(range(x.dim()), key=x.stride, reverse=True))
 
 
 @dataclass(frozen=True)
@@ -308,11 +251,10 @@ class _QuantizedOperation(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, fixed: Any, *tensors: Tensor) -> Tensor:
         operation, x_fixed, weight_fixed = fixed
         count = len(x_fixed.names)
-        ctx.save_for_backward(x, weight, *tensors)
+        x_tensors, weight_tensors = x_fixed.stored(tensors[:count]), weight_fixed.stored(tensors[count:])
+        ctx.save_for_backward(x, weight, *x_tensors, *weight_tensors)
         ctx.fixed = fixed
-        y: Tensor = operation.forward(
-            x_fixed.forward(x, tensors[:count]), weight_fixed.forward(weight, tensors[count:]), bias
-        )
+        y: Tensor = operation.forward(x_fixed.forward(x, x_tensors), weight_fixed.forward(weight, weight_tensors), bias)
         return y
 
     @staticmethod

@@ -1,0 +1,104 @@
+"""Operations of a forward, against exact arithmetic on their codes."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import isogrid as ig
+from tests.models import assert_equal, prepared
+from tests.planning.test_capture import Lambda
+
+
+def flow(function: Any, *inputs: torch.Tensor, **children: nn.Module) -> tuple[nn.Module, torch.Tensor]:
+    """A prepared model of one function, and its output, which its integer twin computes too."""
+    model = prepared(Lambda(function, **children), inputs)
+    evaluated = model.eval()(*inputs)
+    assert_equal(ig.convert(model)(*inputs), evaluated.detach())
+    assert_equal(model.train()(*inputs), evaluated)
+    return model, evaluated
+
+
+def test_a_sum_is_rounded_once() -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(50, 40), 3 * torch.randn(50, 40)
+    model, y = flow(lambda m, a, b: a + b, a, b)
+    site: Any = model.operations.sites["add"]
+    exact = site.input_quantizer0(a).double() + site.input_quantizer1(b).double()
+    half = float(site.output_quantizer.scale.detach()) / 2
+    low, high = y.min(), y.max()
+    assert ((y - exact.clamp(low, high)).abs() <= half * 1.0001).all()
+
+
+@pytest.mark.parametrize(("a", "b"), [((3, 4), (4,)), ((4,), (3, 4)), ((3, 1), (3, 4)), ((2, 3, 4), (3, 1))])
+def test_sums_that_broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    _, y = flow(lambda m, a, b: a + b, torch.randn(a), torch.randn(b))
+    assert y.shape == torch.broadcast_shapes(a, b)
+
+
+def test_a_parameter_may_be_added() -> None:
+    class Bias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.bias
+
+    model = prepared(nn.Sequential(Bias(), nn.Linear(4, 2)), (torch.randn(3, 4),))
+    x = torch.randn(3, 4)
+    model(x).sum().backward()
+    assert model[0].bias.grad.abs().sum() > 0
+    assert_equal(ig.convert(model)(x), model.eval()(x).detach())
+
+
+def test_a_write_in_place_is_seen_under_every_name() -> None:
+    def forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+        y = module.fc(x)
+        other = y
+        y += x
+        return other * 1.0
+
+    model, _ = flow(forward, torch.randn(5, 3), fc=nn.Linear(3, 3))
+    plain = model.fc(x := torch.randn(5, 3)) + x
+    assert (model(x) - plain).abs().max() < 0.2
+    model(x).sum().backward()
+
+
+def test_a_relu_behind_a_sum_costs_nothing() -> None:
+    model, y = flow(lambda m, a, b: F.relu(a + b), torch.randn(9, 4), torch.randn(9, 4))
+    site: Any = model.operations.sites["add"]
+    assert site.activation == "relu" and (y >= 0).all()
+    assert site.output_quantizer.zero_point == 0
+
+
+def test_parts_of_a_concatenation_pass_unrounded() -> None:
+    model, _ = flow(
+        lambda m, x: m.head(torch.cat([m.a(x), m.b(x)], 1)), torch.randn(9, 4),
+        a=nn.Linear(4, 3), b=nn.Linear(4, 2), head=nn.Linear(5, 2),
+    )  # fmt: skip
+    a, b, site = model.a, model.b, model.operations.sites["concat"]
+    assert a.output_quantizer is b.output_quantizer is site.output_quantizer
+    x = torch.randn(9, 4)
+    assert_equal(site(torch.cat, [a(x), b(x)], 1), torch.cat([a(x), b(x)], 1))
+
+
+@pytest.mark.parametrize("function", [
+    lambda m, x: F.avg_pool2d(x, 2), lambda m, x: F.adaptive_avg_pool2d(x, 1), lambda m, x: x.mean((2, 3)),
+    lambda m, x: F.avg_pool2d(x, 3, 2, 1), lambda m, x: F.adaptive_avg_pool2d(x, (3, 2)),
+])  # fmt: skip
+def test_pooling_is_within_one_rounding_of_the_mean(function: Any) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 6)
+    model, y = flow(function, x)
+    site: Any = next(iter(model.operations.sites.values()))
+    exact = function(None, site.input_quantizer0(x).double())
+    assert (y - exact.clamp(y.min(), y.max())).abs().max() <= float(site.output_quantizer.scale.detach()) * 0.5001
+
+
+def test_a_site_shows_its_formats() -> None:
+    model, _ = flow(lambda m, a, b: a + b, torch.randn(3, 4), torch.randn(3, 4))
+    assert "inputs=uint8/tensor, uint8/tensor, output=uint8/tensor" in str(model)

@@ -63,8 +63,8 @@ class Estimator:
         """
         return {}
 
-    def initialize(self, x: Tensor, affine: Affine, fmt: Format) -> dict[str, Tensor]:
-        """Values for own tensors, once the range has been fitted to the tensor x."""
+    def initialize(self, x: Tensor, affine: Affine, grid: Grid) -> dict[str, Tensor]:
+        """Values for own tensors, once the range has been fitted to x; in the block view."""
         return {}
 
     def draw(self, x: Tensor) -> dict[str, Tensor]:

@@ -100,6 +100,14 @@ def saturation(x: Tensor, fmt: Format, affine: Affine) -> float:
     return 1.0 - float(position.where_on_grid(torch.ones_like(position.in_units)).mean())
 
 
+def initial_tensors(x: Tensor, operand: Operand) -> dict[str, Tensor]:
+    """What the estimator wants its own tensors to start from, each of x's shape or as the estimator made it."""
+    affine = operand.format.stored(operand.affine)
+    blocks = Blocks.of(x, operand.format.granularity, None if affine.scale is None else tuple(affine.scale.shape))
+    found = operand.estimator.initialize(blocks.cut(x), affine.reshape(blocks.scale_view), operand.format.grid)
+    return {name: blocks.join(t) if operand.tensors[name].shape == x.shape else t for name, t in found.items()}
+
+
 def take_apart(operand: Operand | None) -> "tuple[Quantization, tuple[Tensor, ...]]":
     """An operand's fixed part, and its tensors as autograd functions save them."""
     if operand is None:

@@ -11,7 +11,7 @@ from isogrid.errors import NotCalibratedError, PlanError
 from isogrid.formats import Affine, Format, Quantized
 from isogrid.formats.granularity import Shape, blocks
 from isogrid.quantizers.estimators import Estimator
-from isogrid.quantizers.functional import Operand, fake_quantize
+from isogrid.quantizers.functional import Operand, fake_quantize, initial_tensors
 from isogrid.quantizers.observer import Observer
 from isogrid.quantizers.ranges import Range
 
@@ -183,8 +183,9 @@ class Quantizer(nn.Module):
         """Choose the range from one tensor, a weight."""
         if self.scale_rule != "dynamic" and self.format.scale is not None:
             self.set_affine(self._fitted(x))
-        for name, value in self.estimator.initialize(x.detach(), self.affine(x), self.format).items():
-            _assign(getattr(self.tensors, name), value)
+        operand = Operand(self.format, self.estimator, self.affine(x), self._tensors(x))
+        for name, value in initial_tensors(x, operand).items():
+            _assign(operand.tensors[name], value)
 
     @torch.no_grad()
     def fit_observed(self) -> None:

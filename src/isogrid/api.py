@@ -67,6 +67,10 @@ def plan(
     """
     if not isinstance(example_inputs, tuple | list):
         raise PlanError("example_inputs is a tuple of the arguments of forward: example_inputs=(x,).")
+    if not all(isinstance(x, Tensor) for x in example_inputs):
+        raise PlanError(
+            "example_inputs are tensors. Wrap a model that takes other arguments in one that takes tensors."
+        )
     if is_prepared(model):
         raise PlanError("The model is prepared already; plan the float model.")
     if not isinstance(scheme, str | Scheme):
@@ -74,9 +78,7 @@ def plan(
     chosen = scheme_from_name(scheme) if isinstance(scheme, str) else scheme
     runtime = target_from_name(target)
     graph = capture(model, example_inputs)
-    inputs = tuple(
-        InputSpec(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in example_inputs if isinstance(x, Tensor)
-    )
+    inputs = tuple(InputSpec(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in example_inputs)
     return Placement(model, graph, runtime, chosen, tuple(rules), inputs).plan()
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +21,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         CheckpointError: the file cannot be written; what was there is untouched.
 
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_whole(Path(folder) / "new" / "greeting.txt", lambda path: path.write_text("hello"))
     ...     (Path(folder) / "new" / "greeting.txt").read_text()
@@ -28,11 +29,10 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
+        temporary.touch(exist_ok=False)  # by the umask, unlike tempfile, whose files nobody else may read
     except OSError as error:
         raise CheckpointError(f"Cannot write to {path.parent}: {error.strerror or error}.") from error
-    os.close(handle)
-    temporary = Path(name)
     try:
         write(temporary)
         with temporary.open("rb+") as file:

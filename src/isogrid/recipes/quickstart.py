@@ -1,10 +1,13 @@
 """The whole flow on handwritten digits: float, then four schemes by post-training quantisation and by training."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import nn
 
 from isogrid.api import save
@@ -45,7 +48,11 @@ def quickstart(folder: str | Path, seed: int = 0, progress: Progress | None = No
         seed: of everything random.
         progress: who is told.
     """
-    folder, progress = Path(folder), progress or Silent()
+    with _one_thread():
+        return _quickstart(Path(folder), seed, progress or Silent())
+
+
+def _quickstart(folder: Path, seed: int, progress: Progress) -> QuickstartResult:
     recipes = [load_recipe(name, [f"training.seed={seed}", f"float_training.seed={seed}"]) for name in RECIPES]
     data, accelerator = make_data(recipes[0].data), make_accelerator(recipes[0])
     outcomes: list[Outcome] = []
@@ -81,6 +88,17 @@ def quickstart(folder: str | Path, seed: int = 0, progress: Progress | None = No
         for line in outcome.verification.failures
     ]
     return QuickstartResult(tuple(outcome.row for outcome in outcomes), tuple(failures))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The network is so small that threads would wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _extra_training(recipe: Recipe) -> Optimization:

@@ -1,5 +1,6 @@
 """TensorBoard scalars of a run."""
 
+import time
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ class Monitor:
     """
 
     def __init__(self, folder: Path, model: nn.Module, start: int = 0):
+        _wait_for_a_later_name(folder)
         # The first step that this run writes is start + 1; anything there and later is of a run that was killed.
         self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
         self._model = model
@@ -48,3 +50,9 @@ class Monitor:
     def close(self) -> None:
         """Write the rest."""
         self._writer.close()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """TensorBoard reads event files in the order of their names, and these tell the time in whole seconds."""
+    newest = max((file.stat().st_mtime for file in folder.glob("events.*")), default=0.0)
+    time.sleep(max(0.0, min(1.0, int(newest) + 1 - time.time())))

@@ -3,13 +3,18 @@
 import copy
 import inspect
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import isogrid as ig
 from isogrid.planning.state import quantizers, weight_quantizers
@@ -227,6 +232,34 @@ def test_compiles_without_a_break(frozen: bool) -> None:
     for key, parameter in model.named_parameters():
         # Sums over the tensor, the gradients of scales, are added up in another order.
         torch.testing.assert_close(twin.get_parameter(key).grad, parameter.grad)
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("residual", "w8a8"), ("tied", "w4a16")])
+def test_trains_sharded_and_in_parallel(one_process: None, name: str, scheme: str) -> None:
+    model, inputs = make(name)
+    no_dropout(prepared(model, inputs, scheme))
+    sharded, parallel = copy.deepcopy(model), DistributedDataParallel(copy.deepcopy(model))
+    mesh = init_device_mesh("cpu", (1,))
+    if name == "residual":
+        fully_shard(sharded.stem, mesh=mesh)  # whose output grid others read too
+    fully_shard(sharded, mesh=mesh)
+    expected = model(*inputs)
+    for each in (sharded, parallel):
+        output = each(*inputs)
+        assert_equal(output, expected)
+        output.square().sum().backward()
+    expected.square().sum().backward()
+    for key, parameter in model.named_parameters():
+        assert_equal(parallel.module.get_parameter(key).grad, parameter.grad)
+        assert_equal(sharded.get_parameter(key).grad.full_tensor(), parameter.grad)
+    torch.optim.Adam(sharded.parameters()).step()
 
 
 @pytest.mark.parametrize("name", ["residual", "tied"])

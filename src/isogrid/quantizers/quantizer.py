@@ -97,7 +97,7 @@ class Quantizer(nn.Module):
         """The scale in use, float32, always positive: a learned one is kept above a small share of its start."""
         if self.scale_rule != "learned":
             return self.raw_scale
-        return _floor(self.raw_scale.to(torch.float32), self.starting_scale * SMALLEST_SHARE)
+        return _floor(_whole(self.raw_scale).to(torch.float32), self.starting_scale * SMALLEST_SHARE)
 
     @property
     def is_calibrated(self) -> bool:
@@ -254,6 +254,11 @@ def _register(module: nn.Module, name: str, tensor: Tensor | None, learned: bool
         module.register_parameter(name, nn.Parameter(tensor))
     else:
         module.register_buffer(name, tensor)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP may have sharded: a grid may be read by layers of another unit than its owner's."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _assign(target: Tensor, value: Tensor) -> None:

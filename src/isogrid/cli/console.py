@@ -2,16 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
 from isogrid.recipes.progress import Advance
 
@@ -26,13 +21,12 @@ class Bars:
     """
 
     def __init__(self) -> None:
+        # Wide enough for what there is to say, and narrow enough for 80 columns.
         self._bars = Progress(
-            TextColumn("{task.description:<34}", markup=False),
-            BarColumn(bar_width=24),
+            TextColumn("{task.description:<24}", markup=False),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            _TimeColumn(),
             TextColumn("{task.fields[detail]}", markup=False),
             console=errors,
             disable=not errors.is_terminal,
@@ -42,7 +36,9 @@ class Bars:
         self._bars.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._bars.stop()
 
     @contextmanager
@@ -60,3 +56,17 @@ class Bars:
     def message(self, text: str) -> None:
         """A line above the bars."""
         errors.print(text, markup=False, highlight=False)
+
+
+class _TimeColumn(ProgressColumn):
+    """The time that a task still takes, or has taken."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        seconds, word = (task.finished_time, "") if task.finished else (task.time_remaining, " left")
+        if seconds is None:
+            return Text()
+        hours, minutes = divmod(int(seconds) // 60, 60)
+        clock = f"{hours}:{minutes:02}" if hours else f"{minutes}"
+        return Text(f"{clock}:{int(seconds) % 60:02}{word}", style="progress.remaining")

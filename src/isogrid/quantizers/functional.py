@@ -243,9 +243,10 @@ def _backward(rule: Rule, rows: tuple[Tensor, ...], whole: Tensors) -> Results:
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, fixed: Quantization, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *tensors)
+        stored = fixed.stored(tensors)
+        ctx.save_for_backward(x, *stored)
         ctx.fixed = fixed
-        return fixed.forward(x, tensors).detach()  # no view, so that the model may write to it
+        return fixed.forward(x, stored).detach()  # no view, so that the model may write to it
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

@@ -253,7 +253,8 @@ class _StaticOperation(torch.autograd.Function):
         weight_gradient: Tensor | None
         x_rest: list[Tensor | None] = [None] * len(x_tensors)
         weight_rest: list[Tensor | None] = [None] * len(weight_tensors)
-        x_units, weight_units = x, weight
+        # Where a factor is not needed, its shape still is.
+        x_units, weight_units = (torch.empty_like(tensor, dtype=gradient.dtype) for tensor in (x, weight))
         with torch.autocast(gradient.device.type, enabled=False):
             if needs_weight and fixed.x.on_grid:
                 x_units = fixed.x.format.grid.decode(x, x_affine.zero_point)
@@ -285,7 +286,8 @@ class _ExactValue(torch.autograd.Function):
         ctx.fixed = fixed
         scale = fixed.affine(stored).scale
         assert scale is not None
-        return units * scale
+        # Codes cannot be NaN, but the output must be where y is.
+        return (units * scale).add_(y - y)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

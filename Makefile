@@ -27,8 +27,9 @@ help:
 quickstart: .venv/runtime
 	$(BIN)/isogrid quickstart
 
+# A process a core, each with one thread: the tests' models are too small to share.
 test: .venv/dev
-	$(BIN)/pytest tests --cov $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests --numprocesses auto --cov $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

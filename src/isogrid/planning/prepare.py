@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from isogrid.errors import NonFiniteError, PlanError
 from isogrid.formats import named_format
@@ -147,8 +147,9 @@ class _Builder:
                 if child is not None and child in made:
                     parent._modules[name] = made[child]
             for name, value in list(vars(parent).items()):
-                if not name.startswith("_") and isinstance(value, list | tuple | dict):
-                    vars(parent)[name] = tree_map_only(nn.Module, lambda m: made.get(m, m), value)
+                holds = not name.startswith("_") and isinstance(value, list | tuple | dict)
+                if holds and any(isinstance(leaf, nn.Module) and leaf in made for leaf in tree_leaves(value)):
+                    vars(parent)[name] = tree_map_only(nn.Module, lambda module: made.get(module, module), value)
 
     def _configure(self, plan: LayerPlan) -> None:
         module: Any = self._module(plan.path)

@@ -202,7 +202,10 @@ def _below(number: float) -> float:
 
 
 def _where_between(values: Tensor, x: Tensor, lowest: float, highest: float) -> Tensor:
-    """Values where x lies strictly between two numbers, or is NaN, else zero; several times faster than by a mask."""
+    """Values where x lies strictly between two numbers, else zero; several times faster than by a mask.
+
+    Where x is NaN the result is either.
+    """
     passed: Tensor = torch.ops.aten.hardtanh_backward(values.to(x.dtype), x, lowest, highest)
     return passed
 

@@ -2,10 +2,9 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -22,14 +21,12 @@ from isogrid.report import (
     write_report,
     write_results,
 )
-from isogrid.targets import target_from_name
+from isogrid.targets import Artifact, target_from_name
 from isogrid.targets.onnx_runtime_session import open_session
 from isogrid.targets.onnxruntime import export_float
 
 LATENCY_BATCH = 64
-ROUNDS = 30
-
-Call = Callable[[], Any]
+ROUNDS = 100
 
 
 @dataclass(frozen=True)
@@ -39,66 +36,57 @@ class Outcome:
     Attributes:
         row: its line in the table of results.
         details: its part of the report.
-        run: runs it once on LATENCY_BATCH examples, on one thread.
+        artifact: None for a float model.
         verification: None for a float model.
-        versions: of the packages that wrote the artefact.
     """
 
     row: ResultRow
     details: ModelReport
-    run: Call
+    artifact: Artifact | None = None
     verification: VerificationReport | None = None
-    versions: dict[str, str] = field(default_factory=dict)
 
 
 def float_outcome(
     name: str, method: Literal["float", "float-extra"], model: nn.Module, data: Data, path: Path
 ) -> Outcome:
     """Export a float model to ONNX and run it on the test data."""
-    model = model.cpu().eval()
-    export_float(model, data.example_inputs, path)
-    session = open_session(path, {}, threads=1)
-    names = [entry.name for entry in session.get_inputs()]
-
-    def run(*inputs: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {n: x.numpy() for n, x in zip(names, inputs, strict=True)})[0])
-
+    export_float(model.cpu().eval(), data.example_inputs, path)
+    run = _float_model(path)
     outputs, targets = [], []
     for *inputs, target in data.test_batches():
         outputs.append(run(*inputs))
         targets.append(target)
     row = result_row(name, method, data.metric(torch.cat(outputs), torch.cat(targets)), path)
-    examples = _latency_inputs(data)
-    return Outcome(row, ModelReport(name, method), lambda: run(*examples))
+    return Outcome(row, ModelReport(name, method))
 
 
 def quantized_outcome(name: str, method: Literal["ptq", "qat"], model: nn.Module, data: Data, path: Path) -> Outcome:
     """Export a prepared model, run it on the test data in its runtime and compare every code."""
-    model = model.cpu().eval()
-    artifact = export(model, path)
+    artifact = export(model.cpu().eval(), path)
     found = verify(model, artifact, data.test_batches(), lambda outputs, batch: data.metric(outputs, batch[-1]))
     row = result_row(name, method, found.end_to_end.metric or 0.0, artifact, found)
-    loaded, examples = target_from_name(artifact.target).load(artifact, threads=1), _latency_inputs(data)
-    return Outcome(row, model_report(name, method, model, found), lambda: loaded(*examples), found, artifact.versions)
+    return Outcome(row, model_report(name, method, model, found), artifact, found)
 
 
-def with_latencies(outcomes: Sequence[Outcome], rounds: int = ROUNDS) -> list[Outcome]:
+def with_latencies(outcomes: Sequence[Outcome], data: Data, rounds: int = ROUNDS) -> list[Outcome]:
     """Time all models in turns, so that whatever disturbs the machine disturbs all of them.
 
     Each runs on one thread: the waiting threads of several sessions would take turns off each other.
 
     Returns:
-        The outcomes with `latency_ms`: the median over the rounds of one run on LATENCY_BATCH examples.
+        The outcomes with `latency_ms`: the fastest round on LATENCY_BATCH examples, for disturbances only add.
     """
+    runs = [_runtime(outcome) for outcome in outcomes]
+    inputs = next(data.test_batches(LATENCY_BATCH))[:-1]
     times: list[list[float]] = [[] for _ in outcomes]
     for turn in range(rounds + 1):
-        for outcome, measured in zip(outcomes, times, strict=True):
+        for run, measured in zip(runs, times, strict=True):
             start = time.perf_counter()
-            outcome.run()
+            run(*inputs)
             if turn:  # the first is a warm-up
                 measured.append(1e3 * (time.perf_counter() - start))
     return [
-        replace(outcome, row=replace(outcome.row, latency_ms=median(measured)))
+        replace(outcome, row=replace(outcome.row, latency_ms=min(measured)))
         for outcome, measured in zip(outcomes, times, strict=True)
     ]
 
@@ -107,7 +95,7 @@ def write_outcomes(outcomes: Sequence[Outcome], folder: Path, title: str, subtit
     """Write `result.json` and `report.html` into a folder."""
     rows = [outcome.row for outcome in outcomes]
     write_results(rows, folder / "result.json")
-    versions = next((o.versions for o in outcomes if o.versions), {})
+    versions = next((outcome.artifact.versions for outcome in outcomes if outcome.artifact), {})
     report = Report(
         title=title,
         subtitle=subtitle,
@@ -120,5 +108,16 @@ def write_outcomes(outcomes: Sequence[Outcome], folder: Path, title: str, subtit
     write_report(report, folder / "report.html")
 
 
-def _latency_inputs(data: Data) -> tuple[Any, ...]:
-    return next(data.test_batches(LATENCY_BATCH))[:-1]
+def _runtime(outcome: Outcome) -> Callable[..., Any]:
+    """The exported model in its runtime, on one thread."""
+    if outcome.artifact is None:
+        return _float_model(Path(outcome.row.artifact or ""))
+    return target_from_name(outcome.artifact.target).load(outcome.artifact, threads=1)
+
+
+def _float_model(path: Path) -> Callable[..., Tensor]:
+    session = open_session(path, {}, threads=1)
+    names = [entry.name for entry in session.get_inputs()]
+    return lambda *inputs: torch.from_numpy(
+        session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})[0]
+    )

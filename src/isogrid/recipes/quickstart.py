@@ -1,7 +1,6 @@
 """The whole flow on handwritten digits: float, then four schemes by post-training quantisation and by training."""
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,19 @@ from isogrid.recipes.folders import RunFolder
 from isogrid.recipes.loading import load_recipe
 from isogrid.recipes.loop import make_accelerator
 from isogrid.recipes.outcomes import Outcome, float_outcome, quantized_outcome, with_latencies, write_outcomes
+from isogrid.recipes.processes import in_processes
 from isogrid.recipes.progress import Progress, Silent
 from isogrid.recipes.schema import Optimization, Recipe
 from isogrid.recipes.sources import make_data
-from isogrid.recipes.stages import float_model, prepared_model, train_float, train_quantized
+from isogrid.recipes.stages import (
+    float_model,
+    load_float_weights,
+    new_model,
+    prepared_model,
+    save_float_weights,
+    train_float,
+    train_quantized,
+)
 from isogrid.report import ResultRow
 
 RECIPES = ("digits-w8a8", "digits-w4a8", "digits-w2a8", "digits-ternary-a8")
@@ -38,42 +46,37 @@ class QuickstartResult:
     failures: tuple[str, ...]
 
 
-def quickstart(folder: str | Path, seed: int = 0, progress: Progress | None = None) -> QuickstartResult:
+def quickstart(
+    folder: str | Path, seed: int = 0, progress: Progress | None = None, settings: Sequence[str] = ()
+) -> QuickstartResult:
     """Train, quantise, export and verify; writes the models, `result.json` and `report.html`.
 
-    Each model gets a folder like that of a run, so that `isogrid verify`, `export` and `inspect` work on it.
+    Each model gets a folder like that of a run, so that `isogrid verify`, `export` and `inspect` work on it. The
+    schemes are trained in processes of their own: guard the entry of a program with `if __name__ == "__main__"`.
 
     Args:
         folder: made if missing.
         seed: of everything random.
         progress: who is told.
+        settings: further changes to the recipes, as `key.key=value`.
     """
-    with _one_thread():
-        return _quickstart(Path(folder), seed, progress or Silent())
-
-
-def _quickstart(folder: Path, seed: int, progress: Progress) -> QuickstartResult:
-    recipes = [load_recipe(name, [f"training.seed={seed}", f"float_training.seed={seed}"]) for name in RECIPES]
-    data, accelerator = make_data(recipes[0].data), make_accelerator(recipes[0])
-    outcomes: list[Outcome] = []
+    folder, progress = Path(folder), progress or Silent()
+    settings = [f"training.seed={seed}", f"float_training.seed={seed}", *settings]
+    recipes = [load_recipe(name, settings) for name in RECIPES]
+    data = make_data(recipes[0].data)
     with progress.task("models", 2 + 2 * len(recipes)) as advance:
 
-        def exported(outcome: Outcome) -> None:
-            outcomes.append(outcome)
-            advance(f"{outcome.row.name} {outcome.row.method}: {outcome.row.accuracy:.2%}")
+        def exported(outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+            for outcome in outcomes:
+                advance(f"{outcome.row.name} {outcome.row.method}: {outcome.row.accuracy:.2%}")
+            return outcomes
 
-        reference = float_model(recipes[0], data, accelerator, progress)
-        exported(_float(reference, "float", data, folder))
-        longer = copy.deepcopy(reference)
-        train_float(longer, data, _extra_training(recipes[0]), accelerator, progress, "training float some more")
-        exported(_float(longer, "float-extra", data, folder))
-        for recipe in recipes:
-            model = prepared_model(recipe, copy.deepcopy(reference), data, accelerator)
-            exported(_quantized(recipe, model, "ptq", data, folder))
-            train_quantized(recipe, model, data, accelerator, progress, f"training {recipe.scheme}")
-            exported(_quantized(recipe, model, "qat", data, folder))
+        floats = exported(_float_outcomes(recipes[0], folder, progress))
+        jobs = [(recipe, folder) for recipe in recipes]
+        quantized = {n: exported(found) for n, found in in_processes(_quantized_outcomes, jobs, progress)}
+    outcomes = [*floats, *(outcome for n in sorted(quantized) for outcome in quantized[n])]
     with progress.task("measuring latency", 1) as advance:
-        outcomes = with_latencies(outcomes)
+        outcomes = with_latencies(outcomes, data)
         advance("")
     write_outcomes(
         outcomes,
@@ -101,16 +104,32 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _extra_training(recipe: Recipe) -> Optimization:
-    """As many steps as quantization-aware training takes, at its learning rate: the honest control."""
-    return Optimization(**recipe.training.model_dump(include=set(Optimization.model_fields)))
+def _float_outcomes(recipe: Recipe, folder: Path, progress: Progress) -> list[Outcome]:
+    """The float model, and the honest control: as many more steps as quantization-aware training takes."""
+    data, accelerator = make_data(recipe.data), make_accelerator(recipe)
+    extra = Optimization(**recipe.training.model_dump(include=set(Optimization.model_fields)))
+    with _one_thread():
+        model = float_model(recipe, data, accelerator, progress)
+        save_float_weights(model, RunFolder(folder / "float").float_weights)
+        reference = float_outcome("float", "float", model, data, RunFolder(folder / "float").artifact)
+        train_float(model, data, extra, accelerator, progress, "training float some more")
+        longer = float_outcome("float", "float-extra", model, data, RunFolder(folder / "float-extra").artifact)
+    return [reference, longer]
 
 
-def _float(model: nn.Module, method: Literal["float", "float-extra"], data: Data, folder: Path) -> Outcome:
-    return float_outcome("float", method, model, data, RunFolder(folder / method).artifact)
+def _quantized_outcomes(recipe: Recipe, folder: Path, progress: Progress) -> list[Outcome]:
+    """The model of one scheme, before training and after it."""
+    data, accelerator = make_data(recipe.data), make_accelerator(recipe)
+    with _one_thread():
+        model = new_model(recipe)
+        load_float_weights(model, RunFolder(folder / "float").float_weights)
+        prepared_model(recipe, model, data, accelerator)
+        before = _exported(recipe, model, "ptq", data, folder)
+        train_quantized(recipe, model, data, accelerator, progress, f"training {recipe.scheme}")
+        return [before, _exported(recipe, model, "qat", data, folder)]
 
 
-def _quantized(recipe: Recipe, model: nn.Module, method: Literal["ptq", "qat"], data: Data, folder: Path) -> Outcome:
+def _exported(recipe: Recipe, model: nn.Module, method: Literal["ptq", "qat"], data: Data, folder: Path) -> Outcome:
     run = RunFolder(folder / f"{recipe.scheme}-{method}")
     run.save_recipe(recipe)
     save(model, run.checkpoint)

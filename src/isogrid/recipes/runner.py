@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from isogrid.api import VerificationReport, restore
 from isogrid.errors import NonFiniteError, RecipeError
-from isogrid.files import write_whole
 from isogrid.recipes.data import Data, size
 from isogrid.recipes.folders import RunFolder
 from isogrid.recipes.loop import make_accelerator
@@ -27,6 +26,7 @@ from isogrid.recipes.stages import (
     make_optimizer,
     new_model,
     prepared_model,
+    save_float_weights,
     train_quantized,
 )
 from isogrid.report import ResultRow
@@ -118,14 +118,7 @@ def _begin(folder: RunFolder, recipe: Recipe, model: nn.Module) -> None:
     for events in folder.tensorboard.glob("events.*"):
         events.unlink()
     folder.save_recipe(recipe)
-    _save_float(model, folder.float_weights)
-
-
-def _save_float(model: nn.Module, path: Path) -> None:
-    from safetensors.torch import save_model
-
-    model.cpu()
-    write_whole(path, lambda temporary: save_model(model, str(temporary)))
+    save_float_weights(model, folder.float_weights)
 
 
 def _resumed(folder: RunFolder, recipe: Recipe, accelerator: "Accelerator") -> tuple[nn.Module, Optimizer, int]:
@@ -187,7 +180,7 @@ def _finish(recipe: Recipe, model: nn.Module, data: Data, folder: RunFolder, pro
         for job in jobs:
             outcomes.append(job())
             advance("")
-    outcomes = with_latencies(outcomes)
+    outcomes = with_latencies(outcomes, data)
     write_outcomes(
         outcomes,
         folder.path,

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.optim import Optimizer
 
 from isogrid.api import calibrate, parameter_groups, plan, prepare
 from isogrid.errors import RecipeError
+from isogrid.files import write_whole
 from isogrid.planning.plan import Plan
 from isogrid.recipes.data import Batches, Data, collate, size
 from isogrid.recipes.loop import OPTIMIZERS, fit, float_groups, on_device, seed_everything
@@ -47,15 +48,24 @@ def new_model(recipe: Recipe) -> nn.Module:
 def load_float_weights(model: nn.Module, path: Path) -> None:
     """Load a safetensors file into a model; raises RecipeError where the two do not fit."""
     try:
-        tensors = load_file(path)
+        missing, unexpected = load_model(model, path, strict=False)
     except FileNotFoundError as error:
         raise RecipeError(f"checkpoint: there is no file {path}.") from error
     except (OSError, SafetensorError) as error:
         raise RecipeError(f"checkpoint: {path} is not a readable safetensors file: {error}.") from error
-    try:
-        model.load_state_dict(tensors)
     except RuntimeError as error:
         raise RecipeError(f"checkpoint: {path} does not fit the model: {error}") from error
+    if missing or unexpected:
+        raise RecipeError(
+            f"checkpoint: {path} does not fit the model. Missing: {', '.join(missing) or 'nothing'}. "
+            f"Unknown: {', '.join(unexpected) or 'nothing'}."
+        )
+
+
+def save_float_weights(model: nn.Module, path: Path) -> None:
+    """Write a model's weights to a safetensors file, from the CPU; a tied weight once."""
+    model.cpu()
+    write_whole(path, lambda temporary: save_model(model, str(temporary)))
 
 
 def train_float(

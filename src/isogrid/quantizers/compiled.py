@@ -119,6 +119,9 @@ class _Kernel:
 
     def __call__(self, rows: tuple[Tensor, ...], whole: Tensors) -> Results:
         if self._compiled is not None:
+            # Detached, a view no longer refers to its base, to whose shape the kernel would otherwise be bound.
+            rows = tuple([tensor.detach() for tensor in rows])
+            whole = tuple([None if tensor is None else tensor.detach() for tensor in whole])
             if not self._is_ready:
                 # One kernel shall serve tensors of all sizes.
                 for tensor in rows:

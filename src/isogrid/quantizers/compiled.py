@@ -134,7 +134,9 @@ class _Kernel:
             except Exception as error:
                 # What is wrong with the function itself the plain call below raises again.
                 self._compiled = None
-                _say_plain(f"A kernel could not be compiled ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
+                _say_plain(
+                    f"A kernel could not be compiled ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+                )
         return in_pieces(self._function, self._fixed, rows, whole)
 
 

@@ -80,9 +80,9 @@ class QuantizedLayer(nn.Module):
         if self.input_quantizer is not None and not self.input_on_grid:
             self.input_quantizer.observe(x)
         x = self.arrange_input(x)
-        if self.input_rule is not None and self.weight_quantizer.enabled:
-            x = self.input_rule(x)
         x_operand = self.input_quantizer.operand(x, self.input_on_grid) if self.input_quantizer is not None else None
+        if self.input_rule is not None and self.weight_quantizer.enabled:
+            x_operand = self.input_rule.operand
         weight_operand = self.weight_quantizer.operand(self.weight)
         if self._computes_static(x_operand, weight_operand):
             assert x_operand is not None and weight_operand is not None

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 
 import torch
 from torch import Tensor
 
+from isogrid.formats import Format, PerTensor
 from isogrid.formats.granularity import Granularity, Shape, block_view
 
 
@@ -24,7 +24,7 @@ class Blocks:
         scale_view: the shape of the scale that broadcasts against it.
 
     >>> from isogrid.formats import named_format
-    >>> blocks = Blocks.of(torch.zeros(8, 3, 64), named_format("int4/group32").granularity, (8, 3, 2))
+    >>> blocks = Blocks.of(torch.zeros(8, 3, 64), named_format("int4/group32"), (8, 3, 2))
     >>> blocks.view, blocks.scale_view
     ((48, 32), (48, 1))
     """
@@ -38,14 +38,15 @@ class Blocks:
     scale_view: Shape
 
     @staticmethod
-    def of(x: Tensor, granularity: Granularity, scale_shape: Shape | None) -> "Blocks":
-        """The view of a tensor whose scale has this shape."""
-        has_one_scale = scale_shape is None or prod(scale_shape) == 1
+    def of(x: Tensor, fmt: Format, scale_shape: Shape | None) -> "Blocks":
+        """The view of a tensor whose scale has this shape; blocks without a scale are as the granularity cuts them."""
+        natural = tuple(range(x.dim()))
         if torch.compiler.is_compiling():
-            return _blocks(granularity, tuple(x.shape), scale_shape, tuple(range(x.dim())))
+            return _blocks(fmt.granularity, tuple(x.shape), scale_shape, natural)
         # Where all share one scale the order of the dimensions is free, and that of the memory is the fastest.
-        order = _memory_order(x) if has_one_scale else tuple(range(x.dim()))
-        return _cached_blocks(granularity, tuple(x.shape), scale_shape, order)
+        is_free = isinstance(fmt.granularity, PerTensor) and fmt.grid.dimension == 1
+        order = _memory_order(x) if is_free and not x.is_contiguous() else natural
+        return _cached_blocks(fmt.granularity, tuple(x.shape), scale_shape, order)
 
     def cut(self, tensor: Tensor) -> Tensor:
         """A tensor of the same shape in the view, detached."""
@@ -75,7 +76,7 @@ class Blocks:
 def _blocks(granularity: Granularity, shape: Shape, scale_shape: Shape | None, order: tuple[int, ...]) -> Blocks:
     ordered = torch.empty([shape[dim] for dim in order], device="meta")
     arranged_shape = tuple(granularity.arrange(ordered).shape)
-    cut, scale_cut = block_view(arranged_shape, scale_shape or (1,))
+    cut, scale_cut = block_view(arranged_shape, granularity.scale_shape(shape) if scale_shape is None else scale_shape)
     merged: list[tuple[int, int]] = []
     for size, pieces in zip(cut, scale_cut, strict=True):
         if merged and (merged[-1][1] == 1) == (pieces == 1):
@@ -95,6 +96,4 @@ _cached_blocks: Callable[..., Blocks] = lru_cache(maxsize=1024)(_blocks)
 
 def _memory_order(x: Tensor) -> tuple[int, ...]:
     """The dimensions from the one whose elements lie furthest apart to the one whose elements are neighbours."""
-    if x.is_contiguous():
-        return tuple(range(x.dim()))
     return tuple(sorted(range(x.dim()), key=x.stride, reverse=True))

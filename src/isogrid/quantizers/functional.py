@@ -95,7 +95,7 @@ def saturation(x: Tensor, fmt: Format, affine: Affine) -> float:
     >>> saturation(torch.tensor([-9.0, 0.0, 7.4, 9.0]), named_format("int4/tensor"), Affine(torch.ones(1)))
     0.5
     """
-    blocks = Blocks.of(x, fmt.granularity, None if affine.scale is None else tuple(affine.scale.shape))
+    blocks = Blocks.of(x, fmt, None if affine.scale is None else tuple(affine.scale.shape))
     position = Position(blocks.cut(x), affine.reshape(blocks.scale_view), fmt.grid)
     return 1.0 - float(position.where_on_grid(torch.ones_like(position.in_units)).mean())
 
@@ -103,7 +103,7 @@ def saturation(x: Tensor, fmt: Format, affine: Affine) -> float:
 def initial_tensors(x: Tensor, operand: Operand) -> dict[str, Tensor]:
     """What the estimator wants its own tensors to start from, each of x's shape or as the estimator made it."""
     affine = operand.format.stored(operand.affine)
-    blocks = Blocks.of(x, operand.format.granularity, None if affine.scale is None else tuple(affine.scale.shape))
+    blocks = Blocks.of(x, operand.format, None if affine.scale is None else tuple(affine.scale.shape))
     found = operand.estimator.initialize(blocks.cut(x), affine.reshape(blocks.scale_view), operand.format.grid)
     return {name: blocks.join(t) if operand.tensors[name].shape == x.shape else t for name, t in found.items()}
 
@@ -184,7 +184,7 @@ class Quantization:
     def _arrange(self, x: Tensor, tensors: tuple[Tensor, ...]) -> "tuple[Blocks, Rule, tuple[Tensor, ...], Tensors]":
         """Everything but x in the block view, split into what goes along with its rows and what does not."""
         scale = self.affine(tensors).scale
-        blocks = Blocks.of(x, self.format.granularity, None if scale is None else tuple(scale.shape))
+        blocks = Blocks.of(x, self.format, None if scale is None else tuple(scale.shape))
         rows: dict[str, Tensor] = {}
         whole: dict[str, Tensor] = {}
         for name, tensor in zip(self.names, tensors, strict=True):

@@ -55,10 +55,8 @@ def main() -> None:
         # Of all that Python raises, these are the user's to mend: a full disk, a folder that cannot be written.
         name = f"{error.filename}: " if error.filename else ""
         _fail(f"{name}{error.strerror or error}")
-    except KeyboardInterrupt:
-        _fail("Stopped.", status=130)
 
 
-def _fail(message: str, status: int = 1) -> None:
+def _fail(message: str) -> None:
     errors.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
-    sys.exit(status)
+    sys.exit(1)

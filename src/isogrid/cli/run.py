@@ -22,7 +22,7 @@ def run(
     """
     import os
 
-    from isogrid.cli.console import Bars, output
+    from isogrid.cli.console import Bars, errors, output
     from isogrid.recipes.loading import load_recipe
     from isogrid.recipes.progress import Silent
     from isogrid.recipes.runner import run as run_recipe
@@ -32,8 +32,12 @@ def run(
     if int(os.environ.get("RANK", "0")):  # torchrun numbers its processes; the first one speaks for all
         run_recipe(loaded, resume=resume, restart=restart, progress=Silent())
         return
-    with Bars() as bars:
-        result = run_recipe(loaded, resume=resume, restart=restart, progress=bars)
+    try:
+        with Bars() as bars:
+            result = run_recipe(loaded, resume=resume, restart=restart, progress=bars)
+    except KeyboardInterrupt:
+        errors.print("Stopped. --resume goes on from the last checkpoint.")
+        raise
     output.print(results_table(result.rows))
     output.print(
         f"[bold]{result.folder}/report.html[/bold] has the details; "

@@ -1,10 +1,11 @@
 import json
+import math
 
 import plotly.graph_objects as go
 import pytest
 import torch
 
-from isogrid.report import ResultRow, layer_statistics
+from isogrid.report import ResultRow, figures, layer_statistics
 from isogrid.report.figures import accuracy_figure, layer_figure
 from tests.report.examples import HOSTILE, ROWS
 
@@ -107,3 +108,11 @@ def test_a_chart_is_small():
 def test_no_weights_no_chart():
     empty = torch.empty(0)
     assert layer_figure(layer_statistics("fc", empty, empty, range(4), "uint2/tensor")) is None
+
+
+@pytest.mark.parametrize(("smallest", "largest"), [(12_176, 40_671), (9_000, 10_500), (40, 90), (1_000, 3_000_000)])
+def test_an_axis_of_sizes_has_ticks_within_its_range(smallest: int, largest: int) -> None:
+    sizes, labels = figures._size_ticks([math.log10(smallest), math.log10(largest)])
+    assert 4 <= len(sizes) <= 24
+    assert all(smallest <= size <= largest for size in sizes)
+    assert len(set(labels)) == len(labels)

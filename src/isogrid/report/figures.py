@@ -287,10 +287,11 @@ def _accuracy_scale(rows: Sequence[ResultRow]) -> _Scale:
 
 def _size_ticks(x_range: Sequence[float]) -> tuple[list[int], list[str]]:
     """Round sizes within the range: powers of ten, or finer where fewer than four of them fit."""
-    for mantissas in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(range(10, 100))):
+    finer = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    for mantissas in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), finer, tuple(tenths / 10 for tenths in range(10, 100))):
         decades = range(math.floor(x_range[0]), math.ceil(x_range[1]))
         sizes = [
-            int(mantissa * 10**decade) for decade in decades for mantissa in mantissas if mantissa * 10**decade >= 1
+            round(mantissa * 10**decade) for decade in decades for mantissa in mantissas if mantissa * 10**decade >= 1
         ]
         inside = [size for size in sizes if x_range[0] <= math.log10(size) <= x_range[1]]
         if len(inside) >= 4:

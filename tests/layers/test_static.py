@@ -199,6 +199,12 @@ def test_a_moving_range_sees_the_output_before_it_is_quantised() -> None:
         model.train()(5 * x)
     assert model.first.input_quantizer.scale / before > 0
     assert (model.first.output_quantizer.scale > 1.5 * before).all()
+    # A step quantises by the range that it has just moved, as a float layer with a quantizer behind it does.
+    outputs: list[Tensor] = []
+    model.first.register_forward_hook(lambda module, args, y: outputs.append(y.detach()))
+    model(9 * x)
+    scale = model.first.output_quantizer.scale
+    assert_equal(outputs[0], torch.round(outputs[0] / scale) * scale)
     # What was trained last is what is deployed.
     state = copy.deepcopy(model).eval()
     assert_equal(state(x), ig.convert(state)(x))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import isogrid as ig
+from isogrid.layers import static
 from isogrid.planning.state import quantizers
 
 
@@ -87,6 +88,16 @@ def test_a_static_chain_keeps_five_quarters_of_the_float_one() -> None:
     found = kept_bytes(lambda: model(x)) - weights
     # Codes and an accumulator for each layer, where float keeps one activation.
     assert found <= 1.27 * expected
+
+
+def test_where_integers_are_fast_a_static_chain_keeps_its_codes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static, "integer_product_pays", lambda *arguments: True)
+    x = torch.randn(1024, 128, requires_grad=True)
+    model = Chain()
+    weights = sum(parameter.nbytes for parameter in model.parameters() if parameter.dim() > 1)
+    prepared(model, x.detach(), "w8a8")
+    # The input as it is, a byte for each value of the three others, and vectors.
+    assert kept_bytes(lambda: model(x)) - weights <= x.nbytes + 3 * 1024 * 128 + 64 * 128 * 4
 
 
 def test_evaluation_keeps_nothing() -> None:

@@ -119,7 +119,7 @@ class QuantizedLayer(nn.Module):
             step=x_scale * folded.scale,
             relu=self.activation == "relu",
             output=None if quantizer is None else quantizer.operand(x),
-            watch=None if quantizer is None or not quantizer.follows else quantizer.observe,
+            watch=None if quantizer is None or not quantizer.follows else quantizer.observed_operand,
         )
         return static_operation(self.operation, x, self.weight, x_operand, weight_operand, finish)
 

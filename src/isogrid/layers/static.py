@@ -31,7 +31,7 @@ class Finish(NamedTuple):
         step: what one step of the accumulator is worth, as deployment has it: `f32(x_scale * weight_scale)`.
         relu: whether negative outputs become zero.
         output: how the output is quantised; None leaves it float.
-        watch: called with the float output, before it is quantised, where the output's range moves with it.
+        watch: where the output's range moves with it: gives the operand for a float output.
     """
 
     factor: Tensor
@@ -40,7 +40,7 @@ class Finish(NamedTuple):
     step: Tensor
     relu: bool
     output: Operand | None
-    watch: Callable[[Tensor], None] | None = None
+    watch: Callable[[Tensor], Operand | None] | None = None
 
 
 def static_operation(
@@ -116,11 +116,10 @@ class _Static:
         weight: Quantization,
         output: Quantization,
         relu: bool,
-        watch: Callable[[Tensor], None] | None,
+        watch: Callable[[Tensor], Operand | None] | None,
     ):
         self.operation, self.x, self.weight, self.output = operation, x, weight, output
         self.relu, self.watch = relu, watch
-        self.parts = (x, weight, output)
 
     def split(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
         """What belongs to input, weight and output."""
@@ -133,6 +132,13 @@ class _Static:
         if not output.quantizes:
             return _Ending(self.relu, None, None, (), factor, shift)
         return _Ending(self.relu, output.format.grid, output.estimator, output.names, factor, shift)
+
+    def multiply(
+        self, codes: Tensor, weight: Tensor, x_tensors: tuple[Tensor, ...], weight_tensors: tuple[Tensor, ...]
+    ) -> Tensor:
+        """The accumulator by integer instructions, from the codes of the input; int32."""
+        (weight_codes,) = self.weight.apply(_codes, weight, weight_tensors)
+        return multiply_integers(codes, self.x.affine(x_tensors).zero_point, weight_codes)
 
     def reach(self, zero_point: Tensor | None) -> float:
         """No product of two units is larger."""
@@ -186,40 +192,34 @@ class _StaticOperation(torch.autograd.Function):
         fixed: _Static,
         *tensors: Tensor,
     ) -> Tensor:
-        x_tensors, weight_tensors, output_tensors = (
-            part.stored(own) for part, own in zip(fixed.parts, fixed.split(tensors), strict=True)
-        )
-        zero_point = fixed.x.affine(x_tensors).zero_point
+        x_parts, weight_parts, output_parts = fixed.split(tensors)
+        x_tensors, weight_tensors = fixed.x.stored(x_parts), fixed.weight.stored(weight_parts)
+        as_integers = integer_product_pays(fixed.operation, x, weight)
         with torch.autocast(x.device.type, enabled=False):
-            if integer_product_pays(fixed.operation, x, weight):
+            if as_integers:
                 (codes,) = fixed.x.apply(_codes, x, x_tensors)
-                (weight_codes,) = fixed.weight.apply(_codes, weight, weight_tensors)
-                accumulator = multiply_integers(codes, zero_point, weight_codes)
+                accumulator = fixed.multiply(codes, weight, x_tensors, weight_tensors)
                 # Codes cannot be NaN, but the output must be.
                 step = torch.where(x.isnan().any() | weight.isnan().any(), torch.nan, step)
             else:
                 units, *codes_if_on_grid = fixed.x.apply(_units_and_codes if fixed.x.on_grid else _units, x, x_tensors)
                 codes = codes_if_on_grid[0] if codes_if_on_grid else x
                 (weight_units,) = fixed.weight.apply(_units, weight, weight_tensors)
-                accumulator = accumulate(fixed.operation, units, weight_units, fixed.reach(zero_point))
-        # Codes of an input that already lies on its grid say all about it, in a quarter of the memory.
-        kept = codes if fixed.x.on_grid else x
-        is_linear = not (fixed.relu or fixed.output.quantizes or ctx.needs_input_grad[2])
-        ctx.save_for_backward(
-            kept,
-            weight,
-            None if is_linear else accumulator.to(torch.float32),
-            factor,
-            shift,
-            *x_tensors,
-            *weight_tensors,
-            *output_tensors,
-        )
-        ctx.fixed, ctx.x_dtype = fixed, x.dtype
+                reach = fixed.reach(fixed.x.affine(x_tensors).zero_point)
+                accumulator = accumulate(fixed.operation, units, weight_units, reach)
         channels = _Channels(fixed.operation.channel_axis, accumulator)
         if fixed.watch is not None:
             y = channels.cut(accumulator).to(torch.float32) * channels.spread(factor) + channels.spread(shift)
-            fixed.watch(y.clamp(min=0.0) if fixed.relu else y)
+            _, output_parts = take_apart(fixed.watch(y.clamp(min=0.0) if fixed.relu else y))
+        output_tensors = fixed.output.stored(output_parts)
+
+        # Codes of an input that already lies on its grid say all about it, in a quarter of the memory. An accumulator
+        # of integers is faster made again than kept.
+        kept = codes if fixed.x.on_grid else x
+        ctx.needs_accumulator = fixed.relu or fixed.output.quantizes or ctx.needs_input_grad[2]
+        saved = accumulator.to(torch.float32) if ctx.needs_accumulator and not as_integers else None
+        ctx.save_for_backward(kept, weight, saved, factor, shift, *x_tensors, *weight_tensors, *output_tensors)
+        ctx.fixed, ctx.x_dtype = fixed, x.dtype
         output_scale = fixed.output.affine(output_tensors).scale
         multiplier = step if output_scale is None else step / output_scale
         whole = tuple([channels.spread(vector) for vector in (bias_codes, multiplier, *output_tensors)])
@@ -238,6 +238,9 @@ class _StaticOperation(torch.autograd.Function):
         assert x_affine.scale is not None and weight_affine.scale is not None
         x_scale = x_affine.scale.reshape(-1)
 
+        if ctx.needs_accumulator and accumulator is None:
+            codes = x if fixed.x.on_grid else fixed.x.apply(_codes, x, x_tensors)[0]
+            accumulator = fixed.multiply(codes, weight, x_tensors, weight_tensors).to(torch.float32)
         ending = fixed.ending(*ctx.needs_input_grad[2:4])
         channels = _Channels(fixed.operation.channel_axis, gradient if accumulator is None else accumulator)
         whole = tuple([channels.spread(vector) for vector in (factor / x_scale, factor, shift, *output_tensors)])

@@ -106,9 +106,13 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [...] as the runtime reads it after storage, in x's dtype; x itself while not enabled."""
-        self.observe(x)
-        operand = self.operand(x)
+        operand = self.observed_operand(x)
         return x if operand is None else fake_quantize(x, operand)
+
+    def observed_operand(self, x: Tensor) -> Operand | None:
+        """How x is quantised, after the range has followed it."""
+        self.observe(x)
+        return self.operand(x)
 
     def operand(self, x: Tensor, on_grid: bool = False) -> Operand | None:
         """How x is quantised now; None while not enabled.

@@ -1,6 +1,6 @@
 """Formats made trainable: ranges choose a scale, estimators pass a gradient, a quantizer holds both."""
 
-from isogrid.quantizers.estimators import LSQ, Estimator, Identity, StraightThrough
+from isogrid.quantizers.estimators import LSQ, Estimator, Gradients, Identity, Position, StraightThrough
 from isogrid.quantizers.functional import Operand, fake_quantize, quantized_operation
 from isogrid.quantizers.quantizer import Quantizer, ScaleRule
 from isogrid.quantizers.ranges import (
@@ -22,12 +22,14 @@ __all__ = [
     "AbsMax",
     "AbsMean",
     "Estimator",
+    "Gradients",
     "HistogramKL",
     "Identity",
     "MinMax",
     "MovingAverage",
     "Operand",
     "Percentile",
+    "Position",
     "Quantizer",
     "Range",
     "ScaleRule",

@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from isogrid.errors import NotCalibratedError, PlanError
 from isogrid.formats import Affine, Format, Quantized
@@ -262,12 +261,21 @@ def _register(module: nn.Module, name: str, tensor: Tensor | None, learned: bool
 
 def _whole(tensor: Tensor) -> Tensor:
     """A tensor that FSDP may have sharded: a grid may be read by layers of another unit than its owner's."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    sharded: Any = tensor
+    return sharded.full_tensor() if _is_sharded(tensor) else tensor
 
 
 def _assign(target: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into one that may be sharded."""
     value = value.reshape(target.shape).to(target.dtype)
-    if isinstance(target, DTensor):
-        value = distribute_tensor(value, target.device_mesh, target.placements)
+    if _is_sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = target
+        value = distribute_tensor(value, sharded.device_mesh, sharded.placements)
     target.copy_(value)
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, told without the import of torch.distributed.tensor, which takes as long as torch's."""
+    return hasattr(tensor, "full_tensor")

@@ -2,19 +2,19 @@
 
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 from isogrid.errors import TargetError
 from isogrid.targets.onnx_runtime_session import (
-    intermediate_codes,
     open_session,
     operator_counts,
     optimized_graph,
     quantized_tensors,
 )
+from tests.targets.observing import observed
 
 
 def saved(path: Path, nodes: list[onnx.NodeProto], opset: int = 21) -> Path:
@@ -37,7 +37,7 @@ def test_float_operators_are_named(tmp_path: Path) -> None:
 
 def test_codes_of_a_model_without_any(tmp_path: Path) -> None:
     path = saved(tmp_path / "float.onnx", [helper.make_node("MatMul", ["x", "weight"], ["y"])])
-    assert intermediate_codes(path, {}, {"x": np.eye(4, dtype=np.float32)}) == {}
+    assert observed(path, {}, torch.eye(4)).codes == {}
 
 
 def test_codes_between_input_and_output(tmp_path: Path) -> None:
@@ -50,10 +50,9 @@ def test_codes_between_input_and_output(tmp_path: Path) -> None:
     ]
     path = saved(tmp_path / "codes.onnx", nodes)
     assert quantized_tensors(onnx.load(path)) == ["codes"]
-    x = np.full((4, 4), 1.25, dtype=np.float32)
-    codes = intermediate_codes(path, {}, {"x": x})
+    codes = observed(path, {}, torch.full((4, 4), 1.25)).codes
     assert list(codes) == ["codes"]
-    assert np.array_equal(codes["codes"], np.full((4, 4), 5, dtype=np.uint8))
+    assert torch.equal(codes["codes"], torch.full((4, 4), 5, dtype=torch.uint8))
 
 
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:

@@ -6,10 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnxruntime
-from numpy.typing import NDArray
 
 from isogrid.errors import TargetError
 
@@ -48,7 +46,6 @@ FLOAT_OPERATORS = {
     "NhwcFusedConv",
     "RNN",
 }
-EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 @dataclass(frozen=True)
@@ -81,65 +78,16 @@ def open_session(path: str | Path, options: Mapping[str, str], threads: int = 0)
     """
     session_options = _session_options(options)
     session_options.intra_op_num_threads = threads
-    return _session(str(path), session_options)
+    return _session(path, session_options)
 
 
 def optimized_graph(path: str | Path, options: Mapping[str, str]) -> onnx.ModelProto:
     """The graph that ONNX Runtime runs: after its optimisations for this machine."""
-    return _optimized(str(path), options)
-
-
-def intermediate_codes(
-    path: str | Path, options: Mapping[str, str], inputs: Mapping[str, NDArray[np.generic]]
-) -> dict[str, NDArray[np.generic]]:
-    """The codes at every quantised tensor between input and output, as ONNX Runtime computes them.
-
-    The tensors become outputs of the graph. That ONNX Runtime then still runs the same operators is checked.
-
-    Args:
-        path: the ONNX file.
-        options: session configuration entries.
-        inputs: of the graph, by name.
-
-    Returns:
-        Integer arrays by the names of the tensors, in the order of the graph. Those of a linear layer are [rows, N],
-        however many dimensions its input has.
-
-    Raises:
-        TargetError: with the outputs added, ONNX Runtime optimises the graph differently.
-    """
-    model = onnx.load(path, load_external_data=False)
-    names = quantized_tensors(model)
-    present = {output.name for output in model.graph.output}
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
-    options = {**options, EXTERNAL_DATA_FOLDER: str(Path(path).resolve().parent)}
-    observed = model.SerializeToString()
-    as_is, with_outputs = (operator_counts(_optimized(source, options)) for source in (str(path), observed))
-    if (as_is.integer, as_is.floating) != (with_outputs.integer, with_outputs.floating):
-        raise TargetError(
-            f"ONNX Runtime runs {path} with {dict(as_is.integer + as_is.floating)}, but with its quantised tensors as "
-            f"outputs with {dict(with_outputs.integer + with_outputs.floating)}: their codes cannot be observed."
-        )
-    values = _session(observed, _session_options(options)).run(names, dict(inputs)) if names else []
-    return dict(zip(names, values, strict=True))
-
-
-def float_layers(
-    path: str | Path, options: Mapping[str, str], inputs: Mapping[str, NDArray[np.generic]]
-) -> dict[str, tuple[NDArray[np.generic], NDArray[np.generic]]]:
-    """Input and output of every MatMulNBits, by the node's name, as ONNX Runtime computes them."""
-    model = onnx.load(path, load_external_data=False)
-    nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
-    if not nodes:
-        return {}
-    names = list(dict.fromkeys(name for node in nodes for name in (node.input[0], node.output[0])))
-    names = [name for name in names if name not in inputs]
-    present = {value.name for value in model.graph.output}
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
-    options = {**options, EXTERNAL_DATA_FOLDER: str(Path(path).resolve().parent)}
-    session = _session(model.SerializeToString(), _session_options(options))
-    known = {**inputs, **dict(zip(names, session.run(names, dict(inputs)), strict=True))}
-    return {node.name: (known[node.input[0]], known[node.output[0]]) for node in nodes}
+    with tempfile.TemporaryDirectory() as folder:
+        session_options = _session_options(options)
+        session_options.optimized_model_filepath = str(Path(folder, "optimized.onnx"))
+        _session(path, session_options)
+        return onnx.load(session_options.optimized_model_filepath)
 
 
 def quantized_tensors(model: onnx.ModelProto) -> list[str]:
@@ -190,14 +138,6 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from _nodes(subgraph)
 
 
-def _optimized(source: str | bytes, options: Mapping[str, str]) -> onnx.ModelProto:
-    with tempfile.TemporaryDirectory() as folder:
-        session_options = _session_options(options)
-        session_options.optimized_model_filepath = str(Path(folder, "optimized.onnx"))
-        _session(source, session_options)
-        return onnx.load(session_options.optimized_model_filepath)
-
-
 def _session_options(options: Mapping[str, str]) -> onnxruntime.SessionOptions:
     session_options = onnxruntime.SessionOptions()
     session_options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -207,10 +147,9 @@ def _session_options(options: Mapping[str, str]) -> onnxruntime.SessionOptions:
     return session_options
 
 
-def _session(source: str | bytes, session_options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def _session(path: str | Path, session_options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     providers: Iterable[str] = ["CPUExecutionProvider"]
     try:
-        return onnxruntime.InferenceSession(source, session_options, providers=providers)
+        return onnxruntime.InferenceSession(str(path), session_options, providers=providers)
     except Exception as error:  # its exceptions share no base class
-        name = source if isinstance(source, str) else "the model"
-        raise TargetError(f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {error}") from error
+        raise TargetError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error

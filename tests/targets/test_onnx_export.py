@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from isogrid.layers import nbits
-from isogrid.layers import operators  # noqa: F401  defines torch.ops.isogrid
+from isogrid.layers import (
+    nbits,
+    operators,  # noqa: F401  defines torch.ops.isogrid
+)
 from isogrid.targets.onnx_export import to_onnx
 from isogrid.targets.onnx_runtime_session import (
     STATIC_OPTIONS,

@@ -77,6 +77,7 @@ def plan(
         scheme, rules = "w8a8", (*rules, *scheme)
     chosen = scheme_from_name(scheme) if isinstance(scheme, str) else scheme
     runtime = target_from_name(target)
+    chosen = runtime.scheme_for(chosen)
     graph = capture(model, example_inputs)
     inputs = tuple(InputSpec(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in example_inputs)
     return Placement(model, graph, runtime, chosen, tuple(rules), inputs).plan()

@@ -15,6 +15,10 @@ class Target(Protocol):
         """As users write it."""
         ...
 
+    def scheme_for(self, scheme: Scheme) -> Scheme:
+        """The scheme as this runtime stores it: another format of activations, another precision of scales."""
+        ...
+
     def supports(self, call: Call, scheme: Scheme) -> str | None:
         """None where the runtime can run the call quantised in this scheme; else why not, for the plan's table."""
         ...

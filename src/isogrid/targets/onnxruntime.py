@@ -40,6 +40,10 @@ class OnnxRuntime:
 
     name = "onnxruntime"
 
+    def scheme_for(self, scheme: Scheme) -> Scheme:
+        """The scheme itself: its formats are the ones that ONNX Runtime has integer kernels for."""
+        return scheme
+
     def supports(self, call: Call, scheme: Scheme) -> str | None:
         """None where ONNX Runtime runs the call quantised in this scheme; else why not."""
         if call.kind == "embedding":

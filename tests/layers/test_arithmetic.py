@@ -6,11 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from isogrid.errors import TargetError
 from isogrid.layers import arithmetic
+from tests.layers.codes import U8, all_equal, codes, scale, zero_point
 from tests.layers.runtime import Graph
-
-U8 = torch.uint8
 
 
 @pytest.fixture(autouse=True)
@@ -19,35 +17,8 @@ def seed() -> None:
     random.seed(0)
 
 
-def codes(*shape: int, low: int = 0, high: int = 255, dtype: torch.dtype = U8) -> Tensor:
-    return torch.randint(low, high + 1, shape, dtype=dtype)
-
-
-def zero_point() -> Tensor:
-    return codes(1) if random.random() < 0.7 else torch.tensor([random.choice([0, 255])], dtype=U8)
-
-
-def scale() -> Tensor:
-    """Half of them have a short mantissa, so that ratios are round and results lie halfway between two codes."""
-    if random.random() < 0.5:
-        return torch.rand(1) * 0.1 + 0.001
-    return torch.tensor([random.randint(1, 64) / 2 ** random.randint(4, 9)])
-
-
 def weight_scales(n: int, per_channel: bool) -> Tensor:
     return torch.cat([scale() for _ in range(n)]) if per_channel else scale()
-
-
-def every_pair() -> tuple[Tensor, Tensor]:
-    values = torch.arange(256, dtype=U8)
-    return values.repeat_interleave(256)[None], values.repeat(256)[None]
-
-
-def all_equal(ours: Tensor, runtime: Tensor) -> None:
-    assert ours.dtype == runtime.dtype
-    assert ours.shape == runtime.shape
-    differing = int((ours != runtime).sum())
-    assert differing == 0, f"{differing} of {ours.numel()} differ"
 
 
 def spread(factor: Tensor, x: Tensor) -> Tensor:
@@ -266,112 +237,6 @@ def test_a_large_bias_saturates_where_the_accumulator_cannot_wrap() -> None:
     floor = arithmetic.smallest_weight_scale(bias, sx)
     repaired = arithmetic.quantize_bias(bias, sx, torch.maximum(sw, floor))
     assert torch.allclose(repaired[:2] * (sx * floor[:2]), bias[:2])
-
-
-@pytest.mark.parametrize("tie_prone", [True, False])
-def test_add_is_qlinear_add(tie_prone: bool) -> None:
-    a, b = every_pair()
-    for _ in range(15):
-        sa, za, zb, zy = scale(), zero_point(), zero_point(), zero_point()
-        sb = sa * random.choice([0.5, 1, 1.5, 2, 3]) if tie_prone else scale()
-        sy = sa * random.choice([1, 1.5, 2, 3, 4]) if tie_prone else scale() * 4
-        graph = Graph()
-        operands = [graph.dequantized(graph.input(a), sa, za), graph.dequantized(graph.input(b), sb, zb)]
-        y = graph.quantized(graph.node("Add", operands), sy, zy)
-        all_equal(arithmetic.add(a, sa, za, b, sb, zb, sy, zy, 0, 255), graph.run(y, U8, expect="QLinearAdd"))
-
-
-def test_add_followed_by_relu() -> None:
-    a, b = every_pair()
-    for _ in range(5):
-        sa, sb, sy, za, zb = scale(), scale(), scale() * 2, zero_point(), zero_point()
-        zy = torch.zeros(1, dtype=U8)
-        graph = Graph()
-        operands = [graph.dequantized(graph.input(a), sa, za), graph.dequantized(graph.input(b), sb, zb)]
-        y = graph.quantized(graph.node("Relu", [graph.node("Add", operands)]), sy, zy)
-        all_equal(arithmetic.add(a, sa, za, b, sb, zb, sy, zy, 0, 255), graph.run(y, U8, expect="QLinearAdd"))
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 4, 1, 1), (2, 4, 1, 1), (1, 1, 8, 9), (2, 4, 1, 9)])
-def test_the_second_operand_of_add_may_broadcast(shape: tuple[int, ...]) -> None:
-    a, b = codes(2, 4, 8, 9), codes(*shape)
-    for _ in range(10):
-        sa, za, zb, zy = scale(), zero_point(), zero_point(), zero_point()
-        sb, sy = sa * random.choice([0.5, 1, 3]), sa * random.choice([1, 2, 3])
-        graph = Graph()
-        operands = [graph.dequantized(graph.input(a), sa, za), graph.dequantized(graph.input(b), sb, zb)]
-        y = graph.quantized(graph.node("Add", operands), sy, zy)
-        all_equal(arithmetic.add(a, sa, za, b, sb, zb, sy, zy, 0, 255), graph.run(y, U8, expect="QLinearAdd"))
-
-
-def test_multiply_is_qlinear_mul() -> None:
-    a, b = every_pair()
-    for _ in range(15):
-        sa, sb, za, zb, zy = scale(), scale(), zero_point(), zero_point(), zero_point()
-        sy = sa * sb * random.choice([16, 64, 100, 256])
-        graph = Graph()
-        operands = [graph.dequantized(graph.input(a), sa, za), graph.dequantized(graph.input(b), sb, zb)]
-        y = graph.quantized(graph.node("Mul", operands), sy, zy)
-        ours = arithmetic.multiply(a, za, b, zb, arithmetic.multiplier(sa, sb, sy), zy, 0, 255)
-        all_equal(ours, graph.run(y, U8, expect="QLinearMul"))
-
-
-def test_global_average_pool() -> None:
-    for channels, height, width in [(1, 1, 1), (3, 2, 5), (16, 7, 7), (20, 11, 3), (8, 64, 64)]:
-        for _ in range(6):
-            x, sx, zx, zy = codes(2, channels, height, width), scale(), zero_point(), zero_point()
-            sy = sx * random.choice([0.25, 0.5, 1, 1.25])
-            graph = Graph()
-            y = graph.quantized(graph.node("GlobalAveragePool", [graph.dequantized(graph.input(x), sx, zx)]), sy, zy)
-            ours = arithmetic.global_average_pool(x, sx, zx, sy, zy, 0, 255)
-            all_equal(ours, graph.run(y, U8, expect="QLinearGlobalAveragePool"))
-
-
-@pytest.mark.parametrize("ceil_mode", [False, True])
-@pytest.mark.parametrize("count_include_pad", [False, True])
-@pytest.mark.parametrize("rank", [1, 2, 3])
-def test_average_pool(rank: int, count_include_pad: bool, ceil_mode: bool) -> None:
-    for _ in range(12):
-        space = [random.randint(5, 11) for _ in range(rank)]
-        kernel = [random.randint(1, 4) for _ in range(rank)]
-        stride = [random.randint(1, 3) for _ in range(rank)]
-        padding = [random.randint(0, k // 2) for k in kernel]
-        if ceil_mode and count_include_pad:
-            padding = [0] * rank
-        x, sx, zx, zy = codes(2, 3, *space), scale(), zero_point(), zero_point()
-        sy = sx * random.choice([0.5, 1, 1.25])
-        graph = Graph()
-        y = graph.node(
-            "AveragePool",
-            [graph.dequantized(graph.input(x), sx, zx)],
-            kernel_shape=kernel,
-            strides=stride,
-            pads=padding * 2,
-            ceil_mode=int(ceil_mode),
-            count_include_pad=int(count_include_pad and any(padding)),
-        )
-        y = graph.quantized(y, sy, zy)
-        window = (kernel, stride, padding, ceil_mode, count_include_pad)
-        ours = arithmetic.average_pool(x, sx, zx, sy, zy, *window, 0, 255)
-        all_equal(ours, graph.run(y, U8, expect="QLinearAveragePool"))
-
-
-@pytest.mark.parametrize("ceil_mode", [False, True])
-def test_average_pool_averages_what_torch_averages(ceil_mode: bool) -> None:
-    x = torch.randn(2, 3, 11, 8)
-    for kernel, stride, padding in [((3, 2), (2, 2), (1, 0)), ((2, 2), (2, 3), (0, 0)), ((4, 4), (3, 3), (2, 1))]:
-        for include in (True, False):
-            if ceil_mode and include and any(padding):
-                continue
-            theirs = torch.nn.functional.avg_pool2d(x, kernel, stride, padding, ceil_mode, include)
-            ours = arithmetic.mean_of_windows(x, kernel, stride, padding, ceil_mode, include)
-            torch.testing.assert_close(ours, theirs)
-
-
-def test_average_pool_refuses_what_onnx_counts_differently() -> None:
-    x, one, z = codes(1, 1, 5, 5), torch.ones(1), torch.zeros(1, dtype=U8)
-    with pytest.raises(TargetError, match="count_include_pad=False"):
-        arithmetic.average_pool(x, one, z, one, z, [2, 2], [2, 2], [1, 1], True, True, 0, 255)
 
 
 def test_concatenate_is_qlinear_concat() -> None:

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from isogrid.errors import PlanError
-from isogrid.layers.arithmetic import mean_of_windows
 from isogrid.layers.pooling import averages_space, pooling_of
+from isogrid.layers.windows import mean_of_windows
 
 X = torch.arange(2 * 3 * 6 * 6, dtype=torch.float32).reshape(2, 3, 6, 6)
 

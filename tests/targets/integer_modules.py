@@ -88,7 +88,7 @@ class Binary(Integer):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         operands = (self.codes("a", a), *self.of("a"), self.codes("b", b), *self.of("b"), *self.of("output"))
-        return self.values(getattr(OPERATORS, self.operator)(*operands, self.low, 255))
+        return self.values(getattr(OPERATORS, self.operator)(*operands, self.low, 255, "onnxruntime"))
 
 
 class Pool(Integer):
@@ -103,8 +103,8 @@ class Pool(Integer):
     def forward(self, x: Tensor) -> Tensor:
         operands = (self.codes("input", x), *self.of("input"), *self.of("output"))
         if self.window is None:
-            return self.values(OPERATORS.static_global_average_pool(*operands, 0, 255))
-        return self.values(OPERATORS.static_average_pool(*operands, *self.window, 0, 255))
+            return self.values(OPERATORS.static_global_average_pool(*operands, 0, 255, "onnxruntime"))
+        return self.values(OPERATORS.static_average_pool(*operands, *self.window, 0, 255, "onnxruntime"))
 
 
 class Concatenate(Integer):

@@ -11,5 +11,5 @@ from isogrid.targets.onnxruntime_model import OnnxRuntimeModel
 
 
 def observed(path: Path, options: Mapping[str, str], *inputs: Tensor) -> Observed:
-    plan = Plan(target="onnxruntime", scheme="w8a8", sites=(), layers=(), operations=(), scopes={}, floats=())
+    plan = Plan("onnxruntime", "onnxruntime", "w8a8", sites=(), layers=(), operations=(), scopes={}, floats=())
     return OnnxRuntimeModel(Artifact(path, "onnxruntime", dict(options), plan, {}, sha256="")).observe(*inputs)

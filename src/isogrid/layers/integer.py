@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isogrid.layers import operators  # noqa: F401  defines torch.ops.isogrid
+from isogrid.layers import kernel_operators, operators  # noqa: F401  define torch.ops.isogrid
 from isogrid.layers.operations import ConvolutionOperation
 from isogrid.layers.pooling import pooling_of
 
@@ -149,14 +149,20 @@ class IntegerConvolution(IntegerLayer):
 
 
 class IntegerSite(IntegerModule):
-    """An operation of a forward on codes."""
+    """An operation of a forward on codes, computed by the kernels of this name."""
 
-    def __init__(self, inputs: Sequence[StaticGrid], output: StaticGrid) -> None:
+    def __init__(self, inputs: Sequence[StaticGrid], output: StaticGrid, kernels: str) -> None:
         super().__init__()
+        self.kernels = kernels
         self.names = ["input"] if len(inputs) == 1 else [f"input{number}" for number in range(len(inputs))]
         for name, grid in zip(self.names, inputs, strict=True):
             self.add_grid(name, grid)
         self.add_grid("output", output)
+
+    @property
+    def ending(self) -> tuple[int, int, str]:
+        """The last arguments of an operator: the output's codes in use, and the kernels."""
+        return (*self.limits["output"], self.kernels)
 
     def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Called with the torch function and its arguments, like the site it replaces."""
@@ -172,7 +178,7 @@ class IntegerAdd(IntegerSite):
         if is_broadcast(a, b):
             (a, first), (b, second) = (b, second), (a, first)
         operands = (self.quantized(first, a), *self.grid(first), self.quantized(second, b), *self.grid(second))
-        return self.dequantized("output", ops.static_add(*operands, *self.grid("output"), *self.limits["output"]))
+        return self.dequantized("output", ops.static_add(*operands, *self.grid("output"), *self.ending))
 
 
 def is_broadcast(a: Tensor, b: Tensor) -> bool:
@@ -191,10 +197,10 @@ class IntegerAveragePool(IntegerSite):
         pooling = pooling_of(function, args[0], *args[1:], **kwargs)
         x = (self.quantized("input", args[0]), *self.grid("input"), *self.grid("output"))
         if pooling.kernel == tuple(args[0].shape[2:]) and not any(pooling.padding):
-            codes = ops.static_global_average_pool(*x, *self.limits["output"])
+            codes = ops.static_global_average_pool(*x, *self.ending)
         else:
             window = (pooling.kernel, pooling.stride, pooling.padding, pooling.ceil_mode, pooling.count_include_pad)
-            codes = ops.static_average_pool(*x, *window, *self.limits["output"])
+            codes = ops.static_average_pool(*x, *window, *self.ending)
         values = self.dequantized("output", codes)
         return values if pooling.keeps_space else values.flatten(1)
 

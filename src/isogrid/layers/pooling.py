@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from isogrid.errors import PlanError
-from isogrid.layers import arithmetic
+from isogrid.layers.kernels import Kernel
 
 ADAPTIVE = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 
@@ -32,10 +32,10 @@ class Pooling:
     count_include_pad: bool = True
     keeps_space: bool = True
 
-    def codes(self, x: Tensor, *grids: Any) -> Tensor:
-        """The pooled codes; see `arithmetic.average_pool` for the rest of the arguments."""
+    def codes(self, average_pool: Kernel, x: Tensor, *grids: Any) -> Tensor:
+        """The pooled codes by a runtime's kernel; see `isogrid.layers.kernels` for the other arguments."""
         x_scale, x_zero_point, y_scale, y_zero_point, low, high = grids
-        pooled = arithmetic.average_pool(
+        pooled = average_pool(
             x,
             x_scale,
             x_zero_point,

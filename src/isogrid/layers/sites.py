@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from isogrid.layers import arithmetic
 from isogrid.layers.integer import IntegerAdd, IntegerAveragePool, IntegerConcat, StaticGrid, is_broadcast
+from isogrid.layers.kernels import KERNELS
 from isogrid.layers.layer import static_grid
 from isogrid.layers.pooling import pooling_of
 from isogrid.layers.static import with_exact_value
@@ -27,6 +28,7 @@ class QuantizedSite(nn.Module):
     Args:
         inputs_on_grid: for each input, whether whatever produced it has quantised it already.
         activation: "relu" or None, applied to the output before it is quantised.
+        kernels: how the runtime computes, by name.
 
     Attributes:
         input_quantizer0, input_quantizer1, ...: owned where nobody else quantises that input, else links.
@@ -35,10 +37,11 @@ class QuantizedSite(nn.Module):
 
     output_quantizer: Quantizer | None
 
-    def __init__(self, inputs_on_grid: Sequence[bool], activation: str | None = None):
+    def __init__(self, inputs_on_grid: Sequence[bool], activation: str | None, kernels: str):
         super().__init__()
         self.inputs_on_grid = tuple(inputs_on_grid)
         self.activation = activation
+        self.kernels = kernels
 
     @property
     def input_quantizers(self) -> list[Quantizer]:
@@ -113,12 +116,12 @@ class QuantizedAdd(QuantizedSite):
         def exact_codes(*output: Any) -> Tensor:
             codes = [stored(x, operand) for x, operand in zip((a, b), operands, strict=True)]
             first, second = reversed(codes) if is_broadcast(a, b) else codes
-            return of_two_codes(arithmetic.add, first, second, *output)
+            return of_two_codes(KERNELS[self.kernels].add, first, second, *output)
 
         return self.finish(a + b, operands, exact_codes)
 
     def to_integer(self) -> nn.Module:
-        return IntegerAdd(*self.integer_grids())
+        return IntegerAdd(*self.integer_grids(), self.kernels)
 
 
 class QuantizedAveragePool(QuantizedSite):
@@ -129,12 +132,13 @@ class QuantizedAveragePool(QuantizedSite):
         x = self.quantized(args[0], operands[0])
 
         def exact_codes(*output: Any) -> Tensor:
-            return pooling_of(function, x, *args[1:], **kwargs).codes(*stored(x, operands[0]), *output)
+            pooling = pooling_of(function, x, *args[1:], **kwargs)
+            return pooling.codes(KERNELS[self.kernels].average_pool, *stored(x, operands[0]), *output)
 
         return self.finish(function(x, *args[1:], **kwargs), operands, exact_codes)
 
     def to_integer(self) -> nn.Module:
-        return IntegerAveragePool(*self.integer_grids())
+        return IntegerAveragePool(*self.integer_grids(), self.kernels)
 
 
 class QuantizedConcat(QuantizedSite):
@@ -146,7 +150,7 @@ class QuantizedConcat(QuantizedSite):
         return function([self.quantized(x, o) for x, o in zip(parts, operands, strict=True)], *rest, **kwargs)  # type: ignore[no-any-return]
 
     def to_integer(self) -> nn.Module:
-        return IntegerConcat(*self.integer_grids())
+        return IntegerConcat(*self.integer_grids(), self.kernels)
 
 
 def stored(x: Tensor, operand: Operand | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -231,6 +231,7 @@ class Placement:
         planned = {layer.path for layer in layers} | {f"{o.scope}.{o.site}".lstrip(".") for o in operations}
         return Plan(
             target=self.target.name,
+            kernels=self.target.kernels,
             scheme=self.scheme.name,
             sites=tuple(sites),
             layers=tuple(layers),

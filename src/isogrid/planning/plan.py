@@ -100,6 +100,7 @@ class Plan:
 
     Attributes:
         target, scheme: names.
+        kernels: how the target computes what runtimes do not agree on, a key of `isogrid.layers.kernels.KERNELS`.
         sites: weights and the activations that own a grid.
         layers, operations: what `prepare` does.
         scopes: paths of modules whose forward is watched, with the calls that other layers do for them.
@@ -108,6 +109,7 @@ class Plan:
     """
 
     target: str
+    kernels: str
     scheme: str
     sites: tuple[Site, ...]
     layers: tuple[LayerPlan, ...]
@@ -154,6 +156,7 @@ class Plan:
             data: dict[str, Any] = json.loads(text)
             return Plan(
                 target=data["target"],
+                kernels=data["kernels"],
                 scheme=data["scheme"],
                 sites=tuple(Site(**{**site, "shape": tuple(site["shape"])}) for site in data["sites"]),
                 layers=tuple(LayerPlan(**{**layer, "input": _feed(layer["input"])}) for layer in data["layers"]),
@@ -166,7 +169,10 @@ class Plan:
                 inputs=tuple(InputSpec(tuple(spec["shape"]), spec["dtype"]) for spec in data["inputs"]),
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise PlanError(f"This is not the JSON of a plan: {type(error).__name__}: {error}.") from error
+            raise PlanError(
+                f"This is not the JSON of a plan: {type(error).__name__}: {error}. Was it written by another "
+                "version of Isogrid? Then plan anew."
+            ) from error
 
 
 def _feed(data: dict[str, Any] | None) -> Feed | None:

@@ -174,7 +174,7 @@ class _Builder:
 
     def _site(self, plan: OperationPlan) -> QuantizedSite:
         name = f"{plan.scope}.{plan.site}".lstrip(".")
-        site = OPERATIONS[plan.kind]([feed.on_grid for feed in plan.inputs], plan.activation)
+        site = OPERATIONS[plan.kind]([feed.on_grid for feed in plan.inputs], plan.activation, self.plan.kernels)
         for number, feed in enumerate(plan.inputs):
             self._give(site, name, f"input_quantizer{number}", feed.grid)
         self._give(site, name, "output_quantizer", plan.output)

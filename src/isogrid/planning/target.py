@@ -15,6 +15,11 @@ class Target(Protocol):
         """As users write it."""
         ...
 
+    @property
+    def kernels(self) -> str:
+        """How it computes what runtimes do not agree on: a key of `isogrid.layers.kernels.KERNELS`."""
+        ...
+
     def scheme_for(self, scheme: Scheme) -> Scheme:
         """The scheme as this runtime stores it: another format of activations, another precision of scales."""
         ...

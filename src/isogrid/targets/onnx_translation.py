@@ -97,6 +97,7 @@ def _elementwise(operator: Callable[[Value, Value], Value]) -> Callable[..., Val
         y_zero_point: Value,
         low: int,
         high: int,
+        kernels: str,
     ) -> Value:
         y = operator(dequantize(a, a_scale, a_zero_point), dequantize(b, b_scale, b_zero_point))
         return quantize(y, y_scale, y_zero_point, low, high)
@@ -105,7 +106,14 @@ def _elementwise(operator: Callable[[Value, Value], Value]) -> Callable[..., Val
 
 
 def static_global_average_pool(
-    x: Value, x_scale: Value, x_zero_point: Value, y_scale: Value, y_zero_point: Value, low: int, high: int
+    x: Value,
+    x_scale: Value,
+    x_zero_point: Value,
+    y_scale: Value,
+    y_zero_point: Value,
+    low: int,
+    high: int,
+    kernels: str,
 ) -> Value:
     """GlobalAveragePool between DequantizeLinear and QuantizeLinear: QLinearGlobalAveragePool."""
     y = op.GlobalAveragePool(dequantize(x, x_scale, x_zero_point))
@@ -125,6 +133,7 @@ def static_average_pool(
     count_include_pad: bool,
     low: int,
     high: int,
+    kernels: str,
 ) -> Value:
     """AveragePool between DequantizeLinear and QuantizeLinear: QLinearAveragePool."""
     y = op.AveragePool(

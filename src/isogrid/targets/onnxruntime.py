@@ -39,6 +39,7 @@ class OnnxRuntime:
     """
 
     name = "onnxruntime"
+    kernels = "onnxruntime"
 
     def scheme_for(self, scheme: Scheme) -> Scheme:
         """The scheme itself: its formats are the ones that ONNX Runtime has integer kernels for."""

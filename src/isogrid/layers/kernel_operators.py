@@ -1,0 +1,154 @@
+"""The operators whose kernels differ by runtime; see `isogrid.layers.operators` for the others.
+
+Their last argument `kernels` names the runtime: a key of `isogrid.layers.kernels.KERNELS`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from isogrid.layers.kernels import KERNELS
+from isogrid.layers.windows import pooled_sizes
+
+
+@custom_op("isogrid::static_add", mutates_args=())
+def static_add(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    low: int,
+    high: int,
+    kernels: str,
+) -> Tensor:
+    """Sum of codes; b may broadcast to a's shape."""
+    return KERNELS[kernels].add(a, a_scale, a_zero_point, b, b_scale, b_zero_point, y_scale, y_zero_point, low, high)
+
+
+@static_add.register_fake
+def _(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    low: int,
+    high: int,
+    kernels: str,
+) -> Tensor:
+    return torch.empty_like(a, dtype=y_zero_point.dtype)
+
+
+@custom_op("isogrid::static_multiply", mutates_args=())
+def static_multiply(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    low: int,
+    high: int,
+    kernels: str,
+) -> Tensor:
+    """Elementwise product of codes; b may broadcast to a's shape."""
+    operands = (a, a_scale, a_zero_point, b, b_scale, b_zero_point)
+    return KERNELS[kernels].multiply(*operands, y_scale, y_zero_point, low, high)
+
+
+@static_multiply.register_fake
+def _(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    low: int,
+    high: int,
+    kernels: str,
+) -> Tensor:
+    return torch.empty_like(a, dtype=y_zero_point.dtype)
+
+
+@custom_op("isogrid::static_global_average_pool", mutates_args=())
+def static_global_average_pool(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    low: int,
+    high: int,
+    kernels: str,
+) -> Tensor:
+    """Mean over all of space, from codes [batch, channels, *space] to codes [batch, channels, 1, ...]."""
+    return KERNELS[kernels].global_average_pool(x, x_scale, x_zero_point, y_scale, y_zero_point, low, high)
+
+
+@static_global_average_pool.register_fake
+def _(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    low: int,
+    high: int,
+    kernels: str,
+) -> Tensor:
+    return x.new_empty((*x.shape[:2], *[1] * (x.dim() - 2)), dtype=y_zero_point.dtype)
+
+
+@custom_op("isogrid::static_average_pool", mutates_args=())
+def static_average_pool(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    low: int,
+    high: int,
+    kernels: str,
+) -> Tensor:
+    """Mean over windows from codes to codes, [batch, channels, *space]."""
+    window = (kernel, stride, padding, ceil_mode, count_include_pad)
+    return KERNELS[kernels].average_pool(x, x_scale, x_zero_point, y_scale, y_zero_point, *window, low, high)
+
+
+@static_average_pool.register_fake
+def _(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    low: int,
+    high: int,
+    kernels: str,
+) -> Tensor:
+    space = pooled_sizes(x.shape[2:], kernel, stride, padding, ceil_mode)
+    return x.new_empty((*x.shape[:2], *space), dtype=y_zero_point.dtype)

@@ -1,0 +1,46 @@
+"""The kernels that runtimes do not agree on, by the name of the runtime.
+
+Products that are accumulated, linear layers and convolutions, are the same everywhere: `isogrid.layers.arithmetic` has
+them. Sites, their integer twins and the operators `torch.ops.isogrid.*` carry the name of a set of kernels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from isogrid.layers import onnxruntime_kernels
+
+Kernel = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How one runtime computes on codes.
+
+    Codes in, codes out: every tensor of codes is followed by its scale and its zero point, then come the output's scale
+    and zero point, what the operation itself needs, and the lowest and highest code of the output. The zero points
+    have the dtype of the codes.
+
+    Attributes:
+        add, multiply: of two tensors of codes, the second of which may broadcast to the first's shape.
+        average_pool: over windows, [batch, channels, *space], with kernel, stride, padding, ceil_mode and
+            count_include_pad as in torch.
+        global_average_pool: over all of space, [batch, channels, *space] to [batch, channels, 1, ...].
+    """
+
+    add: Kernel
+    multiply: Kernel
+    average_pool: Kernel
+    global_average_pool: Kernel
+
+
+KERNELS: dict[str, Kernels] = {
+    "onnxruntime": Kernels(
+        add=onnxruntime_kernels.add,
+        multiply=onnxruntime_kernels.multiply,
+        average_pool=onnxruntime_kernels.average_pool,
+        global_average_pool=onnxruntime_kernels.global_average_pool,
+    ),
+}
+"""The kernels by the name that a plan carries."""

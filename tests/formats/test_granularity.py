@@ -19,6 +19,8 @@ CASES: list[tuple[Granularity, Shape, Shape]] = [
     (PerToken(), (2, 7, 16), (2, 7, 1)),
     (PerGroup(4), (3, 8), (3, 2)),
     (PerGroup(4, pads=True), (3, 9), (3, 3)),
+    (PerGroup(4, axis=0), (8, 3), (2, 3)),
+    (PerGroup(4, pads=True, axis=1), (2, 9, 3), (2, 3, 3)),
     (PerFlatGroup(8), (3, 5), (2,)),
     (PerTile(2, 4), (5, 6, 8), (5, 3, 2)),
 ]
@@ -84,5 +86,6 @@ def test_blocks_are_not_empty(make: object) -> None:
 def test_names() -> None:
     names = [str(granularity) for granularity, _, _ in CASES]
     assert names == [
-        "tensor", "tensor", "channel", "channel1", "channel-1", "token", "group4", "group4", "flat8", "tile2x4",
+        "tensor", "tensor", "channel", "channel1", "channel-1", "token", "group4", "group4",
+        "group4:axis=0", "group4:axis=1", "flat8", "tile2x4",
     ]  # fmt: skip

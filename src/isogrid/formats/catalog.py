@@ -19,11 +19,11 @@ from isogrid.formats.granularity import Granularity, PerChannel, PerFlatGroup, P
 from isogrid.formats.grid import Grid, IntegerGrid
 
 GRAMMAR = """grid/granularity[:option,...]
-  grid: int1..int8, uint1..uint8, fp8_e4m3, fp8_e5m2, fp6_e3m2, fp6_e2m3, fp4_e2m1, nf4, ternary, binary,
+  grid: int1..int8, int16, uint1..uint8, uint16, fp8_e4m3, fp8_e5m2, fp6_e3m2, fp6_e2m3, fp4_e2m1, nf4, ternary, binary,
         log2-2..log2-8, apot-3..apot-7, e8p
   granularity: tensor, channel, channel1 (axis 1), token, group32, tile16x16, flat256
-  option: scale=float32|float16|bfloat16|e8m0|fp8_e4m3|fp8_e5m2, pad (groups), narrow, midrise, asymmetric (int),
-        symmetric (uint)"""
+  option: scale=float32|float16|bfloat16|e8m0|fp8_e4m3|fp8_e5m2, pad and axis=0 (groups), narrow, midrise,
+        asymmetric (int), symmetric (uint)"""
 
 _TERNARY = IntegerGrid(-1, 1)
 
@@ -107,7 +107,9 @@ _EXAMPLES = (
     "int8/tensor:asymmetric",
     "int4/group128:scale=bfloat16",
     "int4/group32:pad",
+    "int4/group8:axis=0",
     "int2/channel:midrise",
+    "int16/tensor",
     "uint8/tensor",
     "uint8/token",
     "uint4/group32",
@@ -143,7 +145,8 @@ def named_format(name: str) -> Format:
       One bit is {-1, 0}; weights want `binary` or `int1/...:midrise`, {-1/2, 1/2}.
     - `uintN` holds 0 .. 2**N-1 and has a zero point stored as uintN; `symmetric` drops the zero point.
     - `scale=...` says how the scale is stored: float32 unless said, or another float type.
-    - `pad` lets the last group of a row be short; it is stored in full.
+    - `pad` lets the last group of a row be short; it is stored in full. `axis=0` cuts groups from that dimension
+      instead of the last.
 
     Raises:
         FormatError: no such name; the message suggests the nearest one and shows the grammar.
@@ -188,10 +191,10 @@ def _composed(name: str) -> Format:
     granularity = _granularity(granularity_name, name)
     scale = _scale(options.pop("scale", "float32"), name)
     zero_point = None
-    if re.fullmatch(r"u?int\d", grid_name) and isinstance(grid, IntegerGrid):
+    if re.fullmatch(r"u?int\d+", grid_name) and isinstance(grid, IntegerGrid):
         grid, zero_point = _integer_options(grid, options)
-    if isinstance(granularity, PerGroup) and options.pop("pad", None) is not None:
-        granularity = replace(granularity, pads=True)
+    if isinstance(granularity, PerGroup):
+        granularity = replace(granularity, pads=options.pop("pad", None) is not None, axis=_axis(options))
     if options:
         raise FormatError(f"the option {', '.join(map(repr, options))} has no meaning for {head}.")
     return Format(grid, granularity, scale, zero_point, name=name)
@@ -199,16 +202,24 @@ def _composed(name: str) -> Format:
 
 def _options(words: list[str], name: str) -> dict[str, str]:
     """The options by name; those that are words of their own have an empty value."""
-    known = ["scale", "narrow", "midrise", "symmetric", "asymmetric", "pad"]
+    known = ["scale", "narrow", "midrise", "symmetric", "asymmetric", "pad", "axis"]
     options: dict[str, str] = {}
     for word in words:
         option, equals, value = word.partition("=")
         if option not in known:
             raise _UnknownWordError("option", option, name, known)
-        if option in options or bool(equals) != (option == "scale"):
-            raise FormatError(f"options are named once each, and scale alone takes a value; {word!r} is not so.")
+        if option in options or bool(equals) != (option in ("scale", "axis")):
+            raise FormatError(f"options are named once each, and scale and axis take a value; {word!r} is not so.")
         options[option] = value
     return options
+
+
+def _axis(options: dict[str, str]) -> int:
+    """The dimension that groups are cut from."""
+    word = options.pop("axis", "-1")
+    if not re.fullmatch(r"-?\d+", word):
+        raise FormatError(f"an axis is a whole number, as in axis=0, not {word!r}.")
+    return int(word)
 
 
 def _integer_options(grid: IntegerGrid, options: dict[str, str]) -> tuple[IntegerGrid, Format | None]:
@@ -228,14 +239,14 @@ def _grid(word: str, name: str) -> Grid:
         return _FLOATS[word]
     if word in _TABLES:
         return _TABLES[word]()
-    if match := re.fullmatch(r"(u?)int([1-8])", word):
+    if match := re.fullmatch(r"(u?)int([1-8]|16)", word):
         return _integers(int(match[2]), signed=not match[1])
     if match := re.fullmatch(r"(log2|apot)-(\d+)", word):
         return (log2_grid if match[1] == "log2" else apot_grid)(int(match[2]))
     known = [
         *(f for f in _FLOATS if f.startswith("fp")),
         *_TABLES,
-        *(f"{u}int{n}" for u in ("", "u") for n in range(1, 9)),
+        *(f"{u}int{n}" for u in ("", "u") for n in (*range(1, 9), 16)),
         "log2-4",
         "apot-4",
     ]

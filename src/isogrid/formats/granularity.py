@@ -104,14 +104,17 @@ class PerToken(_Plain):
 
 @dataclass(frozen=True)
 class PerGroup:
-    """One scale for each run of `size` values of the last dimension.
+    """One scale for each run of `size` values of the last dimension, or of another.
 
     Args:
         size: values in a group.
-        pads: fill the last group up with zeros instead of refusing a last dimension that `size` does not divide.
+        pads: fill the last group up with zeros instead of refusing a dimension that `size` does not divide.
+        axis: the dimension that is cut into groups.
 
     >>> PerGroup(32).scale_shape((8, 128))
     (8, 4)
+    >>> PerGroup(32, axis=0).scale_shape((128, 8))
+    (4, 8)
     >>> PerGroup(32).scale_shape((8, 50))
     Traceback (most recent call last):
     isogrid.errors.FormatError: a group of 32 does not divide the last dimension, 50. Groups that do: 2, 5, 10, 25, 50.
@@ -119,6 +122,7 @@ class PerGroup:
 
     size: int
     pads: bool = False
+    axis: int = -1
 
     def __post_init__(self) -> None:
         _check_size(self.size)
@@ -126,23 +130,31 @@ class PerGroup:
     def scale_shape(self, shape: Shape) -> Shape:
         if not shape:
             raise FormatError("Group granularity needs at least one dimension.")
-        last = shape[-1]
-        if last % self.size and not self.pads:
-            fitting = ", ".join(str(n) for n in range(2, last + 1) if last % n == 0) or "none but 1"
-            raise FormatError(
-                f"a group of {self.size} does not divide the last dimension, {last}. Groups that do: {fitting}."
-            )
-        return (*shape[:-1], -(-last // self.size))
+        if not -len(shape) <= self.axis < len(shape):
+            raise FormatError(f"Groups on axis {self.axis} need such an axis; the shape is {list(shape)}.")
+        axis = self.axis % len(shape)
+        length = shape[axis]
+        if length % self.size and not self.pads:
+            fitting = ", ".join(str(n) for n in range(2, length + 1) if length % n == 0) or "none but 1"
+            which = "the last dimension" if self.axis == -1 else f"dimension {self.axis}"
+            raise FormatError(f"a group of {self.size} does not divide {which}, {length}. Groups that do: {fitting}.")
+        return (*shape[:axis], -(-length // self.size), *shape[axis + 1 :])
 
     def arrange(self, x: Tensor) -> Tensor:
-        missing = -x.shape[-1] % self.size
-        return F.pad(x, (0, missing)) if missing else x
+        missing = -x.shape[self.axis] % self.size
+        # F.pad counts dimensions from the last.
+        return F.pad(x, (0, 0) * (-1 - self._from_last(x.dim())) + (0, missing)) if missing else x
 
     def restore(self, arranged: Tensor, shape: Shape) -> Tensor:
-        return arranged[..., : shape[-1]]
+        length = shape[self.axis]
+        return arranged if arranged.shape[self.axis] == length else arranged.narrow(self.axis, 0, length)
+
+    def _from_last(self, dimensions: int) -> int:
+        """The axis as a negative number."""
+        return self.axis % dimensions - dimensions
 
     def __str__(self) -> str:
-        return f"group{self.size}"
+        return f"group{self.size}" + ("" if self.axis == -1 else f":axis={self.axis}")
 
 
 @dataclass(frozen=True)

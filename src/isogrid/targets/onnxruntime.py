@@ -89,13 +89,15 @@ class OnnxRuntime:
     def _check_grouped_weight(fmt: Format, call: Call, scheme: Scheme) -> None:
         grid = fmt.grid
         symmetric = isinstance(grid, IntegerGrid) and not grid.midrise and fmt.is_symmetric and _plain_scale(fmt)
+        grouped = isinstance(fmt.granularity, PerGroup) and fmt.granularity.axis == -1
         if call.kind == "embedding":
-            if symmetric and isinstance(fmt.granularity, PerGroup | PerChannel | PerTensor):
+            if symmetric and (grouped or isinstance(fmt.granularity, PerChannel | PerTensor)):
                 return
             raise TargetError(
-                f"{call.name!r}: an embedding takes symmetric integers by group, channel or tensor, not {fmt}."
+                f"{call.name!r}: an embedding takes symmetric integers by group of its last dimension, by channel or "
+                f"tensor, not {fmt}."
             )
-        size = fmt.granularity.size if isinstance(fmt.granularity, PerGroup) else 0
+        size = fmt.granularity.size if isinstance(fmt.granularity, PerGroup) and grouped else 0
         if not (symmetric and grid.bits in BITS and size in BLOCKS):
             raise TargetError(
                 f"{call.name!r}: MatMulNBits takes symmetric integer weights of {', '.join(map(str, BITS))} bits in "

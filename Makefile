@@ -4,6 +4,8 @@
 #   make test           the tests
 #   make check          lint, types, imports and the examples in the docstrings
 #   make docs           the documentation, in site/
+#   make test-runtimes  the proofs in heavy runtimes, each in an environment of its own, .venv-<runtime>
+#                       (one of them: make test-runtimes RUNTIMES=executorch)
 #
 # Another interpreter: make quickstart PYTHON=python3.12
 # Options of pytest:   make test ARGS="-k formats"
@@ -18,7 +20,11 @@ ifdef PYTHON
 endif
 PYTHON ?= python3
 
-.PHONY: help quickstart test lint types imports doctest check docs clean anew
+# A runtime is a file of constraints, an extra in pyproject.toml and tests/runtimes/test_<runtime>.py.
+RUNTIMES ?= $(patsubst constraints/%.txt,%,$(wildcard constraints/*.txt))
+
+.PHONY: help quickstart test test-runtimes lint types imports doctest check docs clean anew
+.SECONDARY:
 .DELETE_ON_ERROR:
 
 help:
@@ -30,6 +36,11 @@ quickstart: .venv/runtime
 # A process a core, each with one thread: the tests' models are too small to share.
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests --numprocesses auto --cov $(ARGS)
+
+test-runtimes: $(RUNTIMES:%=test-runtime-%)
+
+test-runtime-%: .venv-%/runtime
+	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -m runtime tests/runtimes/test_$*.py $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -49,7 +60,7 @@ docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv site build dist runs .coverage .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-* site build dist runs .coverage .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 # The stamps: what .venv holds. Each adds to the one before, so that the quickstart waits for nothing but itself.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
@@ -70,4 +81,12 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --e
 
 .venv/docs: .venv/runtime
 	@$(INSTALL) '.[docs]'
+	@touch $@
+
+# torch first: without its constraint, what depends on it brings the CUDA build.
+.venv-%/runtime: constraints/%.txt pyproject.toml
+	$(PYTHON) -m venv --clear .venv-$*
+	@echo "Installing $* into .venv-$*: this takes minutes."
+	@.venv-$*/bin/python -m pip install --quiet --constraint constraints/$*.txt torch
+	@.venv-$*/bin/python -m pip install --quiet --constraint constraints/$*.txt pytest --editable '.[$*]'
 	@touch $@

@@ -1,0 +1,1 @@
+"""What runs in the environments of runtimes; see `isogrid.targets.subprocesses`."""

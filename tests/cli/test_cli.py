@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 from typer.testing import CliRunner
 
 from isogrid.cli import app, main
 from isogrid.cli.app import app as application
 from isogrid.planning.plan import Plan
+from tests.targets.test_tensorrt_rules import UNSIGNED, network
 
 RECIPE = """\
 model: tests.recipes.tiny:model
@@ -216,3 +218,30 @@ def test_a_folder_that_cannot_be_written_is_named(
     code, error = fails(["run", str(recipe), "--set", f"output={blocked / 'out'}"], capsys, monkeypatch)
     assert code == 1
     assert str(blocked) in error
+
+
+def test_a_file_that_breaks_a_runtimes_rules_is_exit_code_1(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.onnx", tmp_path / "bad.onnx"
+    onnx.save(network(), good)
+    onnx.save(network(UNSIGNED), bad)
+    fine = CliRunner().invoke(app, ["inspect", "--lint", "tensorrt", str(good)])
+    assert fine.exit_code == 0
+    assert "nothing by the rules of tensorrt" in fine.output
+    broken = CliRunner().invoke(app, ["inspect", "--lint", "tensorrt", str(bad)], env={"COLUMNS": "200"})
+    assert broken.exit_code == 1
+    assert "TensorRT does not quantise to UINT8" in broken.output
+
+
+def test_linting_what_cannot_be_linted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file.onnx"
+    file.write_bytes(b"no model")
+    for arguments, message in (
+        (["tensorrt", str(tmp_path / "missing.onnx")], "There is no file"),
+        (["tensorrt", str(file)], "is no ONNX model"),
+        (["tensort", str(file)], "Did you mean 'tensorrt'?"),
+    ):
+        code, said = fails(["inspect", "--lint", *arguments], capsys, monkeypatch)
+        assert code == 1
+        assert message in said

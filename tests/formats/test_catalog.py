@@ -85,6 +85,7 @@ def test_granularities(name: str, granularity: object) -> None:
 
 def test_options() -> None:
     assert named_format("int4/channel:narrow").grid == IntegerGrid(-7, 7)
+    assert named_format("uint8/tensor:narrow,half_up").grid == IntegerGrid(1, 255, half_up=True)
     assert named_format("int2/channel:midrise").grid == IntegerGrid(-2, 1, midrise=True)
     assert named_format("int1/channel:midrise").grid.values().tolist() == [-0.5, 0.5]
     assert named_format("int8/tensor:asymmetric").zero_point == Format(IntegerGrid(-128, 127))
@@ -114,7 +115,8 @@ def test_unknown_names_suggest_the_nearest_and_show_the_grammar(name: str) -> No
 
 
 MEANINGLESS = {
-    "uint8/tensor:narrow": "'narrow' has no meaning for uint8/tensor",
+    "int8/tensor:half_up,midrise": "'midrise' has no meaning",
+    "uint1/tensor:narrow": "at least two values",
     "int8/tensor:symmetric": "'symmetric' has no meaning",
     "int8/tensor:pad": "'pad' has no meaning",
     "nf4/group64:midrise": "'midrise' has no meaning",

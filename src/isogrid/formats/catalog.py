@@ -23,7 +23,7 @@ GRAMMAR = """grid/granularity[:option,...]
         log2-2..log2-8, apot-3..apot-7, e8p
   granularity: tensor, channel, channel1 (axis 1), token, group32, tile16x16, flat256
   option: scale=float32|float16|bfloat16|e8m0|fp8_e4m3|fp8_e5m2, pad and axis=0 (groups), narrow, midrise,
-        asymmetric (int), symmetric (uint)"""
+        half_up, asymmetric (int), symmetric (uint)"""
 
 _TERNARY = IntegerGrid(-1, 1)
 
@@ -105,6 +105,7 @@ _EXAMPLES = (
     "int8/channel",
     "int8/channel:narrow",
     "int8/tensor:asymmetric",
+    "uint8/tensor:half_up",
     "int4/group128:scale=bfloat16",
     "int4/group32:pad",
     "int4/group8:axis=0",
@@ -143,7 +144,8 @@ def named_format(name: str) -> Format:
     - `intN` holds -2**(N-1) .. 2**(N-1)-1 and is symmetric: a scale, no zero point. `narrow` drops the lowest value,
       `midrise` shifts all by a half so that there is no zero, `asymmetric` adds a zero point stored as intN.
       One bit is {-1, 0}; weights want `binary` or `int1/...:midrise`, {-1/2, 1/2}.
-    - `uintN` holds 0 .. 2**N-1 and has a zero point stored as uintN; `symmetric` drops the zero point.
+    - `uintN` holds 0 .. 2**N-1 and has a zero point stored as uintN; `symmetric` drops the zero point, `narrow` the 0.
+    - `half_up` rounds ties of integers up instead of to the even one.
     - `scale=...` says how the scale is stored: float32 unless said, or another float type.
     - `pad` lets the last group of a row be short; it is stored in full. `axis=0` cuts groups from that dimension
       instead of the last.
@@ -202,7 +204,7 @@ def _composed(name: str) -> Format:
 
 def _options(words: list[str], name: str) -> dict[str, str]:
     """The options by name; those that are words of their own have an empty value."""
-    known = ["scale", "narrow", "midrise", "symmetric", "asymmetric", "pad", "axis"]
+    known = ["scale", "narrow", "midrise", "half_up", "symmetric", "asymmetric", "pad", "axis"]
     options: dict[str, str] = {}
     for word in words:
         option, equals, value = word.partition("=")
@@ -223,13 +225,19 @@ def _axis(options: dict[str, str]) -> int:
 
 
 def _integer_options(grid: IntegerGrid, options: dict[str, str]) -> tuple[IntegerGrid, Format | None]:
-    """The grid and the zero point's format that `narrow`, `midrise`, `symmetric`, `asymmetric` ask for."""
+    """The grid and the zero point's format that the options of integers ask for."""
+    stored = _plain(grid)
+    half_up = options.pop("half_up", None) is not None
     if grid.low == 0:
-        return grid, None if options.pop("symmetric", None) is not None else _plain(grid)
-    zero_point = None if options.pop("asymmetric", None) is None else _plain(grid)
+        if options.pop("narrow", None) is not None:
+            grid = replace(grid, low=1)
+        return replace(grid, half_up=half_up), None if options.pop("symmetric", None) is not None else stored
+    zero_point = None if options.pop("asymmetric", None) is None else stored
     if options.pop("narrow", None) is not None:
         grid = replace(grid, low=-grid.high)
-    if zero_point is None and options.pop("midrise", None) is not None:
+    if half_up:
+        grid = replace(grid, half_up=True)
+    if not half_up and zero_point is None and options.pop("midrise", None) is not None:
         grid = replace(grid, midrise=True)
     return grid, zero_point
 

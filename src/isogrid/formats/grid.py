@@ -73,12 +73,15 @@ class IntegerGrid(Grid):
     """The integers `low..high`, or with `midrise` the numbers halfway above them: `low + 1/2 .. high + 1/2`.
 
     A mid-rise grid has no zero; at few bits it loses least on bell-shaped weights (QuEST, arXiv 2502.05003).
-    The code is the integer itself; ties go to the even one. With a zero point `z` the code of `x` is
+    The code is the integer itself. Ties go to the even one, or with `half_up` to the one above, as TensorFlow's fake
+    quantisation rounds: `floor(x + 0.5)`. With a zero point `z` the code of `x` is
     `clamp(round(x) + z, low, high)` and stands for `code - z`: rounding comes before the addition, as in ONNX's
     QuantizeLinear.
 
     >>> IntegerGrid(-8, 7).encode(torch.tensor([0.5, 1.5, -9.0]))
     tensor([ 0,  2, -8], dtype=torch.int8)
+    >>> IntegerGrid(-8, 7, half_up=True).encode(torch.tensor([0.5, 1.5, -0.5, -9.0]))
+    tensor([ 1,  2,  0, -8], dtype=torch.int8)
     >>> IntegerGrid(-2, 1, midrise=True).values()
     tensor([-1.5000, -0.5000,  0.5000,  1.5000])
     """
@@ -86,8 +89,11 @@ class IntegerGrid(Grid):
     low: int
     high: int
     midrise: bool = False
+    half_up: bool = False
 
     def __post_init__(self) -> None:
+        if self.midrise and self.half_up:
+            raise FormatError("The ties of a mid-rise grid go up in any case: drop half_up.")
         if not self.low < self.high:
             raise FormatError(f"An integer grid needs at least two values; {self.low}..{self.high} has fewer.")
 
@@ -137,12 +143,17 @@ class IntegerGrid(Grid):
 
     def round(self, x: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """The codes as float32, so that NaN survives."""
-        x = x.to(torch.float32)
-        # Halfway between two mid-rise values lie the integers; they go up.
-        rounded = torch.floor(x) if self.midrise else torch.round(x)
+        rounded = self.to_integers(x.to(torch.float32))
         # Adding zero where there is no zero point turns -0.0 into 0.0: an integer code has one zero.
         rounded += 0.0 if zero_point is None else zero_point.to(torch.float32)
         return rounded.clamp_(self.low, self.high)
+
+    def to_integers(self, x: Tensor) -> Tensor:
+        """float32 x [...] rounded as codes are, before a zero point is added and the ends of the grid clip."""
+        if self.midrise:
+            # Halfway between two mid-rise values lie the integers; they go up.
+            return torch.floor(x)
+        return torch.floor(x + 0.5) if self.half_up else torch.round(x)
 
     def values(self) -> Tensor:
         """All grid values in ascending order, float32 [high - low + 1]."""

@@ -11,6 +11,7 @@ from isogrid.quantizers.ranges import (
     HistogramKL,
     MinMax,
     MovingAverage,
+    Nudged,
     Percentile,
     Range,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "Identity",
     "MinMax",
     "MovingAverage",
+    "Nudged",
     "Operand",
     "Percentile",
     "Position",

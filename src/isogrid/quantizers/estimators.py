@@ -187,7 +187,7 @@ class Position:
             # A codebook of vectors has no ends of its own along one coordinate.
             return values
         if isinstance(grid, IntegerGrid):
-            rounded = torch.floor(self.in_units) if grid.midrise else torch.round(self.in_units)
+            rounded = grid.to_integers(self.in_units)
             codes = rounded if self.zero_point is None else rounded + self.zero_point
             return _where_between(values, codes, grid.low - 0.5, grid.high + 0.5)
         # Seen in a mirror at the end of the grid, what lies within half a step of the end is what rounds to it.

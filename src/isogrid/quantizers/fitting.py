@@ -127,3 +127,28 @@ def _smallest_stored(fmt: Format) -> float:
         elif isinstance(storage.grid, FloatGrid):
             smallest = 2.0 ** (storage.grid.smallest_exponent - storage.grid.mantissa_bits)
     return max(smallest, SMALLEST)
+
+
+def quantile(rows: Tensor, share: float, weights: Tensor | None = None) -> Tensor:
+    """The value below which a share of each row lies, float32 [blocks]; linear between neighbours.
+
+    Whole-number weights count repetitions: the result is that of torch.quantile on the repeated values, but for
+    rows of any length.
+
+    >>> quantile(torch.tensor([[3.0, 1.0, 2.0]]), 0.5, torch.tensor([[8.0, 1.0, 1.0]]))
+    tensor([3.])
+    """
+    ordered, order = rows.sort(dim=1)
+    if weights is None:
+        position = torch.full((len(rows),), share * (rows.shape[1] - 1), dtype=torch.float64, device=rows.device)
+        below = position.floor().long()
+        above = (below + 1).clamp(max=rows.shape[1] - 1)
+    else:
+        reached = weights.to(torch.float64).gather(1, order).cumsum(1)
+        position = share * (reached[:, -1] - 1).clamp(min=0.0)
+        last = (reached < reached[:, -1:]).sum(1)
+        below = (reached <= position.floor()[:, None]).sum(1).minimum(last)
+        above = (reached <= position.floor()[:, None] + 1).sum(1).minimum(last)
+    low = ordered.gather(1, below[:, None])[:, 0]
+    high = ordered.gather(1, above[:, None])[:, 0]
+    return torch.lerp(low.to(torch.float64), high.to(torch.float64), position - position.floor()).to(torch.float32)

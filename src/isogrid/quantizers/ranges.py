@@ -24,10 +24,12 @@ from isogrid.quantizers.fitting import (
     magnitudes,
     mean,
     positive,
+    quantile,
     root_mean_square,
     row_format,
 )
 from isogrid.quantizers.least_error import VECTORS, least_error_affine
+from isogrid.quantizers.nudged import nudged_affine
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,27 @@ class MovingAverage(Range):
 
     def choose(self, rows: Tensor, fmt: Format, weights: Tensor | None) -> Affine:
         return extremes_affine(rows, fmt)
+
+
+@dataclass(frozen=True)
+class Nudged(MovingAverage):
+    """What TensorFlow's model optimization toolkit does: averaged extremes, the zero point nudged to a whole code.
+
+    See `isogrid.quantizers.nudged`. With a format that rounds `half_up` these are the codes of
+    `tf.quantization.fake_quant_with_min_max_vars`.
+
+    Args:
+        momentum: share of the old average that each new batch leaves; tfmot's decay.
+
+    >>> from isogrid.formats import named_format
+    >>> Nudged().fit(torch.tensor([[-1.0, 0.5, 1.55]]), named_format("uint8/tensor:half_up"))
+    Affine(scale=tensor([0.0100]), zero_point=tensor([100.]), offset=None)
+    """
+
+    momentum: float = 0.999
+
+    def choose(self, rows: Tensor, fmt: Format, weights: Tensor | None) -> Affine:
+        return nudged_affine(rows.amin(1), rows.amax(1), fmt)
 
 
 @dataclass(frozen=True)
@@ -275,6 +298,7 @@ RANGES: dict[str, type[Range]] = {
     "absmax": AbsMax,
     "minmax": MinMax,
     "moving_average": MovingAverage,
+    "nudged": Nudged,
     "percentile": Percentile,
     "histogram_kl": HistogramKL,
     "absmean": AbsMean,
@@ -328,31 +352,6 @@ def range_name(range: Range) -> str:
             values = [(getattr(range, field.name), field.default) for field in fields(range)]
             return "".join([name, *(f"({value!r})" for value, default in values if value != default)])
     raise PlanError(f"{range} is not registered in isogrid.quantizers.ranges.RANGES, so it has no name.")
-
-
-def quantile(rows: Tensor, share: float, weights: Tensor | None = None) -> Tensor:
-    """The value below which a share of each row lies, float32 [blocks]; linear between neighbours.
-
-    Whole-number weights count repetitions: the result is that of torch.quantile on the repeated values, but for
-    rows of any length.
-
-    >>> quantile(torch.tensor([[3.0, 1.0, 2.0]]), 0.5, torch.tensor([[8.0, 1.0, 1.0]]))
-    tensor([3.])
-    """
-    ordered, order = rows.sort(dim=1)
-    if weights is None:
-        position = torch.full((len(rows),), share * (rows.shape[1] - 1), dtype=torch.float64, device=rows.device)
-        below = position.floor().long()
-        above = (below + 1).clamp(max=rows.shape[1] - 1)
-    else:
-        reached = weights.to(torch.float64).gather(1, order).cumsum(1)
-        position = share * (reached[:, -1] - 1).clamp(min=0.0)
-        last = (reached < reached[:, -1:]).sum(1)
-        below = (reached <= position.floor()[:, None]).sum(1).minimum(last)
-        above = (reached <= position.floor()[:, None] + 1).sum(1).minimum(last)
-    low = ordered.gather(1, below[:, None])[:, 0]
-    high = ordered.gather(1, above[:, None])[:, 0]
-    return torch.lerp(low.to(torch.float64), high.to(torch.float64), position - position.floor()).to(torch.float32)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

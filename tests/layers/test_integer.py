@@ -4,14 +4,15 @@ import torch
 from torch import nn
 
 import isogrid as ig
+from isogrid.layers.clamp import RELU
 from isogrid.layers.integer import IntegerEmbedding, StaticGrid, is_broadcast
 from tests.models import assert_equal, make, prepared
 
 
 def test_relu_leaves_the_codes_from_the_zero_point_on() -> None:
     grid = StaticGrid(torch.ones(1), torch.tensor([40], dtype=torch.uint8), 0, 255)
-    assert grid.with_activation("relu")[2:] == (40, 255)
-    assert grid.with_activation(None) is grid
+    assert grid.clamped(RELU)[2:] == (40, 255)
+    assert grid.clamped(None) is grid
 
 
 def test_what_a_linear_layer_stores_is_its_arithmetic() -> None:

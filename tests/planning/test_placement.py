@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import isogrid as ig
 from isogrid.errors import PlanError
+from isogrid.layers.clamp import RELU
 from tests.models import make
 from tests.planning.test_capture import Lambda
 
@@ -27,10 +28,10 @@ def test_a_residual_network() -> None:
         *("stem.0.input", "stem.0.output", "conv1.output", "conv2.output", "average_pool.output"),
     }
     stem = layer(plan, "stem.0")
-    assert (stem.batch_norm, stem.activation) == ("stem.1", "relu")
+    assert (stem.batch_norm, stem.clamp) == ("stem.1", RELU)
     # The sum is a part of the concatenation, so that it shares the grid of the other part.
     add, concat, pool = plan.operations
-    assert (add.kind, add.activation, add.output) == ("add", "relu", "stem.0.output")
+    assert (add.kind, add.clamp, add.output) == ("add", RELU, "stem.0.output")
     assert {feed.grid for feed in concat.inputs} == {"stem.0.output"}
     assert pool.inputs[0].on_grid
     assert "shared with add" in plan.site("stem.0.output").reason
@@ -44,14 +45,14 @@ def test_a_relu_used_in_two_places_is_absorbed_in_both_or_in_neither() -> None:
     relu = nn.ReLU()
     both = nn.Sequential(nn.Linear(3, 3), relu, nn.Linear(3, 3), relu)
     one = nn.Sequential(nn.Linear(3, 3), relu, nn.LayerNorm(3), relu)
-    absorbed = [[x.activation for x in ig.plan(m, example_inputs=(torch.ones(1, 3),)).layers] for m in (both, one)]
-    assert absorbed == [["relu", "relu"], [None]]
+    absorbed = [[x.clamp for x in ig.plan(m, example_inputs=(torch.ones(1, 3),)).layers] for m in (both, one)]
+    assert absorbed == [[RELU, RELU], [None]]
 
 
 def test_what_is_read_twice_is_not_absorbed() -> None:
     model = Lambda(lambda m, x: (lambda y: F.relu(y) + m.b(y))(m.a(x)), a=nn.Linear(3, 3), b=nn.Linear(3, 3))
     plan = ig.plan(model, example_inputs=(torch.ones(1, 3),))
-    assert layer(plan, "a").activation is None
+    assert layer(plan, "a").clamp is None
     assert [name for name, _ in plan.floats] == ["relu"]
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isogrid.layers import kernel_operators, operators  # noqa: F401  define torch.ops.isogrid
+from isogrid.layers.clamp import Clamp
 from isogrid.layers.operations import ConvolutionOperation
 from isogrid.layers.pooling import pooling_of
 
@@ -27,9 +28,12 @@ class StaticGrid(NamedTuple):
     low: int
     high: int
 
-    def with_activation(self, activation: str | None) -> "StaticGrid":
-        """The same grid for values after an activation: ReLU leaves the codes from the zero point on."""
-        return self._replace(low=max(self.low, int(self.zero_point))) if activation == "relu" else self
+    def clamped(self, clamp: Clamp | None) -> "StaticGrid":
+        """The same grid for clamped values: ReLU leaves the codes from the zero point on."""
+        if clamp is None:
+            return self
+        low, high = clamp.limits(self.scale, self.zero_point.to(torch.float32), self.low, self.high)
+        return self._replace(low=int(low), high=int(high))
 
 
 class IntegerModule(nn.Module):
@@ -110,11 +114,15 @@ class IntegerLinear(IntegerLayer):
         return self.dequantized("output", ops.static_linear(*operands, *self.grid("output"), *self.limits["output"]))
 
 
-class IntegerFloatReluLinear(IntegerLinear):
-    """Linear on codes with float output, and a ReLU behind it."""
+class IntegerFloatClampLinear(IntegerLinear):
+    """Linear on codes with float output, and a clamp behind it."""
+
+    def __init__(self, clamp: Clamp, *args: Any) -> None:
+        super().__init__(*args)
+        self.clamp = clamp
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).clamp(min=0.0)
+        return super().forward(input).clamp(self.clamp.low, self.clamp.high)
 
 
 class IntegerConvolution(IntegerLayer):

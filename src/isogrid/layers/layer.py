@@ -3,11 +3,11 @@
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isogrid.layers import arithmetic
 from isogrid.layers.batch_norm import AbsorbedBatchNorm
+from isogrid.layers.clamp import Clamp
 from isogrid.layers.dynamic import RuntimeRule
 from isogrid.layers.folding import Folded, fold
 from isogrid.layers.integer import StaticGrid
@@ -37,14 +37,14 @@ def replacement(module: nn.Module, kind: type[Module]) -> Module:
 
 
 class QuantizedLayer(nn.Module):
-    """Mixin of layers whose weight and input are quantised, with batch norm and activation inside.
+    """Mixin of layers whose weight and input are quantised, with batch norm and clamp inside.
 
     Attributes:
         weight_quantizer: owned.
         input_quantizer: owned, or the quantizer of whatever produced the input, or None.
         output_quantizer: None where the output stays float.
         batch_norm: the absorbed batch norm that follows, or None.
-        activation: "relu" or None.
+        clamp: of the output before it is quantised, or None.
         arithmetic: how the target computes.
         input_on_grid: the input is already quantised by whatever produced it.
         input_rule: how the runtime quantises the input as it comes, or None.
@@ -56,7 +56,7 @@ class QuantizedLayer(nn.Module):
     input_quantizer: Quantizer | None
     output_quantizer: Quantizer | None
     batch_norm: AbsorbedBatchNorm | None
-    activation: str | None
+    clamp: Clamp | None
     arithmetic: Arithmetic
     input_on_grid: bool
     input_rule: RuntimeRule | None
@@ -95,7 +95,7 @@ class QuantizedLayer(nn.Module):
             y = quantized_operation(self.operation, x, self.weight, self.bias, x_operand, weight_operand)
         if self.batch_norm is not None:
             y = self.batch_norm.normalize(y)
-        y = F.relu(y) if self.activation == "relu" else y
+        y = y if self.clamp is None else self.clamp(y)
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def _computes_static(self, x_operand: Operand | None, weight_operand: Operand | None) -> bool:
@@ -117,7 +117,7 @@ class QuantizedLayer(nn.Module):
             *self._float_twin(x_scale * signed.detach().reshape(-1).expand(len(self.weight))),
             bias_codes=arithmetic.quantize_bias(folded.shift, x_scale, folded.scale),
             step=x_scale * folded.scale,
-            relu=self.activation == "relu",
+            clamp=self.clamp,
             output=None if quantizer is None else quantizer.operand(x),
             watch=None if quantizer is None or not quantizer.follows else quantizer.observed_operand,
         )
@@ -158,7 +158,7 @@ class QuantizedLayer(nn.Module):
         bias = arithmetic.quantize_bias(folded.shift, input_grid.scale, folded.scale)
         output = None
         if self.output_quantizer is not None:
-            output = static_grid(self.output_quantizer).with_activation(self.activation)
+            output = static_grid(self.output_quantizer).clamped(self.clamp)
         return codes, folded.scale.clone(), bias, input_grid, output
 
     def to_integer(self) -> nn.Module:
@@ -180,8 +180,8 @@ class QuantizedLayer(nn.Module):
         for name in ("input", "output"):
             quantizer = getattr(self, f"{name}_quantizer")
             parts.append(f"{name}={quantizer.format if quantizer is not None else 'float'}")
-        if self.activation:
-            parts.append(f"activation={self.activation}")
+        if self.clamp is not None:
+            parts.append(str(self.clamp))
         return ", ".join(part for part in parts if part)
 
 

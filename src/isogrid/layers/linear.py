@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from isogrid.formats import PerGroup
-from isogrid.layers.integer import IntegerFloatReluLinear, IntegerLinear, PackedLinear
+from isogrid.layers.integer import IntegerFloatClampLinear, IntegerLinear, PackedLinear
 from isogrid.layers.layer import QuantizedLayer
 from isogrid.layers.nbits import pack_matmul_nbits
 from isogrid.layers.operations import BilinearOperation, LinearOperation
@@ -24,8 +24,8 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         if self.arithmetic == "float":
             return self._packed()
         parts = self.integer_parts()
-        if self.output_quantizer is None and self.activation == "relu":
-            return IntegerFloatReluLinear(*parts)
+        if self.output_quantizer is None and self.clamp is not None:
+            return IntegerFloatClampLinear(self.clamp, *parts)
         return IntegerLinear(*parts)
 
     @torch.no_grad()

@@ -17,18 +17,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from isogrid.errors import CaptureError
+from isogrid.layers.clamp import CLAMPS, CLAMPS_IN_PLACE
 
 OPERATION_KINDS: dict[Callable[..., Any], str] = {
     **dict.fromkeys((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__), "add"),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), "concat"),
-    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), "relu"),
+    **CLAMPS,
     **dict.fromkeys((F.avg_pool1d, F.avg_pool2d, F.avg_pool3d), "average_pool"),
     **dict.fromkeys((F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d), "average_pool"),
     **dict.fromkeys((torch.mean, Tensor.mean), "mean"),
 }
 """The torch functions that can be sites, and what kind of site each is."""
 
-WRITING = frozenset({Tensor.add_, Tensor.__iadd__, F.relu_, torch.relu_, Tensor.relu_})
+WRITING = frozenset({Tensor.add_, Tensor.__iadd__}) | CLAMPS_IN_PLACE
 """Those that write their result into their first argument."""
 
 TENSORS_OF_KIND = {"add": ("input", "other"), "concat": ("tensors",)}

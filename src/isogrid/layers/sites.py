@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isogrid.layers import arithmetic
+from isogrid.layers.clamp import Clamp
 from isogrid.layers.integer import IntegerAdd, IntegerAveragePool, IntegerConcat, StaticGrid, is_broadcast
 from isogrid.layers.kernels import KERNELS
 from isogrid.layers.layer import static_grid
@@ -27,7 +27,7 @@ class QuantizedSite(nn.Module):
 
     Args:
         inputs_on_grid: for each input, whether whatever produced it has quantised it already.
-        activation: "relu" or None, applied to the output before it is quantised.
+        clamp: of the output before it is quantised, or None.
         kernels: how the runtime computes, by name.
 
     Attributes:
@@ -37,10 +37,10 @@ class QuantizedSite(nn.Module):
 
     output_quantizer: Quantizer | None
 
-    def __init__(self, inputs_on_grid: Sequence[bool], activation: str | None, kernels: str):
+    def __init__(self, inputs_on_grid: Sequence[bool], clamp: Clamp | None, kernels: str):
         super().__init__()
         self.inputs_on_grid = tuple(inputs_on_grid)
-        self.activation = activation
+        self.clamp = clamp
         self.kernels = kernels
 
     @property
@@ -66,7 +66,7 @@ class QuantizedSite(nn.Module):
         return x if operand is None or operand.on_grid else fake_quantize(x, operand)
 
     def finish(self, y: Tensor, operands: Sequence[Operand | None], exact_codes: ExactCodes) -> Tensor:
-        """Activation and quantisation of the output.
+        """Clamp and quantisation of the output.
 
         Args:
             y: the operation's float result, which carries the gradient.
@@ -74,7 +74,7 @@ class QuantizedSite(nn.Module):
             exact_codes: computes the output's codes as the runtime does, given the output grid's scale, zero point,
                 lowest and highest code; used where inputs and output are on their grids.
         """
-        y = F.relu(y) if self.activation == "relu" else y
+        y = y if self.clamp is None else self.clamp(y)
         if self.output_quantizer is None:
             return y
         self.output_quantizer.observe(y)
@@ -86,8 +86,10 @@ class QuantizedSite(nn.Module):
         grid: Any = operand.format.grid
         with torch.no_grad():
             codes = exact_codes(*_grid(operand), grid.low, grid.high)
+            if self.clamp is not None:
+                low, high = self.clamp.limits(*_grid(operand, torch.float32), grid.low, grid.high)
+                codes = codes.clamp(low, high)
             units = grid.decode(codes, operand.affine.zero_point)
-            units = units.clamp(min=0.0) if self.activation == "relu" else units
         return with_exact_value(y, units, operand)
 
     def to_integer(self) -> nn.Module:
@@ -97,13 +99,13 @@ class QuantizedSite(nn.Module):
     def integer_grids(self) -> tuple[list[StaticGrid], StaticGrid]:
         """The grids of inputs and output, as deployment stores them."""
         assert self.output_quantizer is not None
-        output = static_grid(self.output_quantizer).with_activation(self.activation)
+        output = static_grid(self.output_quantizer).clamped(self.clamp)
         return [static_grid(quantizer) for quantizer in self.input_quantizers], output
 
     def extra_repr(self) -> str:
         inputs = ", ".join(str(quantizer.format) for quantizer in self.input_quantizers)
         output = "float" if self.output_quantizer is None else str(self.output_quantizer.format)
-        return f"inputs={inputs}, output={output}" + (f", activation={self.activation}" if self.activation else "")
+        return f"inputs={inputs}, output={output}" + (f", {self.clamp}" if self.clamp else "")
 
 
 class QuantizedAdd(QuantizedSite):
@@ -161,9 +163,10 @@ def stored(x: Tensor, operand: Operand | None) -> tuple[Tensor, Tensor, Tensor]:
     return arithmetic.quantize(x, scale, zero_point, grid.low, grid.high), scale, zero_point
 
 
-def _grid(operand: Operand) -> tuple[Tensor, Tensor]:
+def _grid(operand: Operand, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, the latter by default in the codes' dtype."""
     grid: Any = operand.format.grid
     scale, zero_point, _ = operand.affine
     assert scale is not None
     zero_point = torch.zeros_like(scale) if zero_point is None else zero_point
-    return scale.detach(), zero_point.detach().to(grid.code_dtype)
+    return scale.detach(), zero_point.detach().to(dtype or grid.code_dtype)

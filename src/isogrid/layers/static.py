@@ -15,6 +15,7 @@ from torch import Tensor
 from isogrid.formats import Affine, Grid
 from isogrid.formats.format import normalize
 from isogrid.layers.accumulation import accumulate, integer_product_pays, multiply_integers
+from isogrid.layers.clamp import Clamp
 from isogrid.layers.operations import BilinearOperation
 from isogrid.quantizers import Estimator, Operand
 from isogrid.quantizers.compiled import Results, Tensors, run
@@ -29,7 +30,7 @@ class Finish(NamedTuple):
             they were computed from.
         bias_codes: int32, added to the accumulator.
         step: what one step of the accumulator is worth, as deployment has it: `f32(x_scale * weight_scale)`.
-        relu: whether negative outputs become zero.
+        clamp: of the output before it is quantised, or None.
         output: how the output is quantised; None leaves it float.
         watch: where the output's range moves with it: gives the operand for a float output.
     """
@@ -38,7 +39,7 @@ class Finish(NamedTuple):
     shift: Tensor
     bias_codes: Tensor
     step: Tensor
-    relu: bool
+    clamp: Clamp | None
     output: Operand | None
     watch: Callable[[Tensor], Operand | None] | None = None
 
@@ -66,7 +67,7 @@ def static_operation(
     x_fixed, x_tensors = take_apart(x_operand)
     weight_fixed, weight_tensors = take_apart(weight_operand)
     output_fixed, output_tensors = take_apart(finish.output)
-    fixed = _Static(operation, x_fixed, weight_fixed, output_fixed, finish.relu, finish.watch)
+    fixed = _Static(operation, x_fixed, weight_fixed, output_fixed, finish.clamp, finish.watch)
     tensors = (*x_tensors, *weight_tensors, *output_tensors)
     return _static_operation(x, weight, finish.factor, finish.shift, finish.bias_codes, finish.step, fixed, *tensors)
 
@@ -88,12 +89,12 @@ class _Ending:
     """What the kernels between accumulator and output are compiled for.
 
     Attributes:
-        relu: whether negative outputs become zero.
+        clamp: of the output before it is quantised, or None.
         grid, estimator, names: of the output's quantisation, and of its tensors; None and () where it stays float.
         factor, shift: whether backward gives them a gradient.
     """
 
-    relu: bool
+    clamp: Clamp | None
     grid: Any
     estimator: Estimator | None
     names: tuple[str, ...]
@@ -115,11 +116,11 @@ class _Static:
         x: Quantization,
         weight: Quantization,
         output: Quantization,
-        relu: bool,
+        clamp: Clamp | None,
         watch: Callable[[Tensor], Operand | None] | None,
     ):
         self.operation, self.x, self.weight, self.output = operation, x, weight, output
-        self.relu, self.watch = relu, watch
+        self.clamp, self.watch = clamp, watch
 
     def split(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
         """What belongs to input, weight and output."""
@@ -130,8 +131,8 @@ class _Static:
         """Of this call."""
         output = self.output
         if not output.quantizes:
-            return _Ending(self.relu, None, None, (), factor, shift)
-        return _Ending(self.relu, output.format.grid, output.estimator, output.names, factor, shift)
+            return _Ending(self.clamp, None, None, (), factor, shift)
+        return _Ending(self.clamp, output.format.grid, output.estimator, output.names, factor, shift)
 
     def multiply(
         self, codes: Tensor, weight: Tensor, x_tensors: tuple[Tensor, ...], weight_tensors: tuple[Tensor, ...]
@@ -210,13 +211,13 @@ class _StaticOperation(torch.autograd.Function):
         channels = _Channels(fixed.operation.channel_axis, accumulator)
         if fixed.watch is not None:
             y = channels.cut(accumulator).to(torch.float32) * channels.spread(factor) + channels.spread(shift)
-            _, output_parts = take_apart(fixed.watch(y.clamp(min=0.0) if fixed.relu else y))
+            _, output_parts = take_apart(fixed.watch(y if fixed.clamp is None else fixed.clamp(y)))
         output_tensors = fixed.output.stored(output_parts)
 
         # Codes of an input that already lies on its grid say all about it, in a quarter of the memory. An accumulator
         # of integers is faster made again than kept.
         kept = codes if fixed.x.on_grid else x
-        ctx.needs_accumulator = fixed.relu or fixed.output.quantizes or ctx.needs_input_grad[2]
+        ctx.needs_accumulator = fixed.clamp is not None or fixed.output.quantizes or ctx.needs_input_grad[2]
         saved = accumulator.to(torch.float32) if ctx.needs_accumulator and not as_integers else None
         ctx.save_for_backward(kept, weight, saved, factor, shift, *x_tensors, *weight_tensors, *output_tensors)
         ctx.fixed, ctx.x_dtype = fixed, x.dtype
@@ -341,13 +342,13 @@ def _finish(ending: _Ending, rows: tuple[Tensor, ...], whole: Tensors) -> Result
         # Integers cannot be NaN, but the output must be where the accumulator is.
         value = value + (accumulator - accumulator).to(torch.float32)
     if not ending.names:
-        return Results((value.clamp(min=0.0) if ending.relu else value,))
+        return Results((value if ending.clamp is None else ending.clamp(value),))
     affine, _ = ending.named(tuple(parts))
     scale, zero = affine.scale, affine.zero_point
     assert scale is not None
     zero = torch.zeros_like(scale) if zero is None else zero
-    lowest = zero.clamp(min=ending.grid.low) if ending.relu else torch.full_like(zero, ending.grid.low)
-    codes = torch.maximum(torch.round(value) + zero, lowest).clamp(max=ending.grid.high)
+    low, high = (ending.clamp or Clamp()).limits(scale, zero, ending.grid.low, ending.grid.high)
+    codes = torch.minimum(torch.maximum(torch.round(value) + zero, low), high)
     return Results(((codes - zero) * scale,))
 
 
@@ -358,17 +359,17 @@ def _unfinish(ending: _Ending, rows: tuple[Tensor, ...], whole: Tensors) -> Resu
     assert step is not None and factor is not None and shift is not None
     gradient = gradient.to(torch.float32)
     sums: list[Tensor | None] = []
-    if ending.estimator is not None or ending.relu:
+    if ending.estimator is not None or ending.clamp is not None:
         y = accumulators[0] * factor + shift
-        activated = y.clamp(min=0.0) if ending.relu else y
+        clamped = y if ending.clamp is None else ending.clamp(y)
         if ending.estimator is not None:
             affine, tensors = ending.named(tuple(parts))
-            found = ending.estimator.backward(gradient, activated, affine, ending.grid, tensors)
+            found = ending.estimator.backward(gradient, clamped, affine, ending.grid, tensors)
             by_name: dict[str, Tensor | None] = {**found.affine._asdict(), **found.tensors}
             sums = [by_name.get(name) for name in ending.names]
             gradient = found.x
-        if ending.relu:
-            gradient = torch.ops.aten.threshold_backward(gradient, y, 0.0)
+        if ending.clamp is not None:
+            gradient = torch.ops.aten.hardtanh_backward(gradient, y, *ending.clamp.bounds)
     factor_gradient = (gradient * accumulators[0]).sum_to_size(factor.shape) if ending.factor else None
     shift_gradient = gradient.sum_to_size(shift.shape) if ending.shift else None
     return Results((gradient * step,), (factor_gradient, shift_gradient, *sums))

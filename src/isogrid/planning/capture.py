@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from isogrid.errors import CaptureError
+from isogrid.layers.clamp import CLAMPS, Clamp, clamp_of
 from isogrid.layers.scope import OPERATION_KINDS, is_container, site_name, tensors_first
 from isogrid.planning.classify import (
     MODULE_KINDS,
@@ -38,7 +39,7 @@ def capture(model: nn.Module, example_inputs: Sequence[Any]) -> Graph:
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
     >>> [(call.name, call.kind) for call in capture(model, (torch.zeros(1, 4),)).calls]
-    [('0', 'linear'), ('1.relu', 'relu')]
+    [('0', 'linear'), ('1.relu', 'clamp')]
     """
     recorder = _Recorder(model)
     tensors = [leaf for leaf in tree_leaves(tuple(example_inputs)) if isinstance(leaf, Tensor)]
@@ -60,6 +61,15 @@ def capture(model: nn.Module, example_inputs: Sequence[Any]) -> Graph:
             "Return a tensor, or a tuple or dictionary of tensors."
         )
     return recorder.graph(inputs, outputs)
+
+
+class _What(NamedTuple):
+    """What a call is: kind, name within its scope (None for a module), why it stays float, what it clamps to."""
+
+    kind: str
+    name: str | None
+    reason: str = ""
+    clamp: Clamp | None = None
 
 
 class _Entry(NamedTuple):
@@ -145,32 +155,34 @@ class _Recorder(TorchFunctionMode):
         inputs = tuple(self.value(tensor) for tensor in before)
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        kind, name, reason = self._classify(func, args, kwargs, outputs)
+        what = self._classify(func, args, kwargs, outputs)
         # A function may return its argument as it is: Tensor.to, Tensor.contiguous.
         unchanged = all(any(o is x for x in before) and self._is_current(o) for o in outputs)
-        if outputs and inputs and not (unchanged and kind in ("float", "pass")):
-            type_ = getattr(func, "__name__", str(func))
-            self._record(name, kind, type_, inputs, outputs, self._scope().module, reason)
+        if outputs and inputs and not (unchanged and what.kind in ("float", "pass")):
+            self._record(what, _name(func), inputs, outputs, self._scope().module)
         return result
 
     def _is_current(self, tensor: Tensor) -> bool:
         return id(tensor) in self._values and self._values[id(tensor)][1] == _version(tensor)
 
-    def _classify(self, func: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor]) -> tuple[str, str, str]:
-        """The kind of a function call, its name within its scope, and why it stays float."""
-        function = getattr(func, "__name__", str(func))
+    def _classify(self, func: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor]) -> "_What":
+        """What a function call is; its name counts the calls of its kind within its scope."""
+        function = _name(func)
         kind = OPERATION_KINDS.get(func)
         if kind is None:
             if "dropout" in function:
-                return "dropout", function, ""
-            return ("pass" if function in MOVING_FUNCTIONS else "float"), function, ""
+                return _What("dropout", function)
+            return _What("pass" if function in MOVING_FUNCTIONS else "float", function)
         scope = self._scope()
         name = site_name(kind, scope.counts)
         reason = why_float(func, kind, *tensors_first(kind, args, kwargs), outputs[0]) if outputs else ""
-        if not reason and kind != "relu" and is_container(scope.module):
+        if func in CLAMPS:
+            clamp = None if reason else clamp_of(kind, *tensors_first(kind, args, kwargs))
+            return _What("clamp", name, clamp=clamp) if clamp else _What("float", name, reason or "bounds are tensors")
+        if not reason and is_container(scope.module):
             reason = f"in the forward of a {type(scope.module).__name__}, whose children are its layers"
         kind = "average_pool" if kind == "mean" else kind
-        return ("float" if reason else kind), name, reason
+        return _What("float" if reason else kind, name, reason)
 
     def _scope(self) -> _Entry:
         """The innermost module that is more than a wrapper around one function, such as nn.ReLU."""
@@ -205,24 +217,21 @@ class _Recorder(TorchFunctionMode):
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         reason = why_module_is_float(module, outputs[0]) if outputs else ""
         kind = "float" if reason else MODULE_KINDS.get(type(module), "float")
-        self._record(None, kind, type(module).__name__, inputs, outputs, module, reason)
+        self._record(_What(kind, None, reason), type(module).__name__, inputs, outputs, module)
 
     def _record(
-        self,
-        name: str | None,
-        kind: str,
-        type_: str,
-        inputs: tuple[int, ...],
-        outputs: Sequence[Tensor],
-        module: nn.Module,
-        reason: str,
+        self, what: "_What", type_: str, inputs: tuple[int, ...], outputs: Sequence[Tensor], module: nn.Module
     ) -> None:
         """Write down a call: of a function, named within the module that made it, or of a module, without a name."""
         path = self.paths[module]
-        full_name = path if name is None else f"{path}.{name}".lstrip(".")
+        name = path if what.name is None else f"{path}.{what.name}".lstrip(".")
         numbers = tuple(self.new_value(tensor) for tensor in outputs)
         shape = tuple(outputs[0].shape) if outputs else ()
-        self._calls.append(Call(full_name, kind, type_, path, inputs, numbers, shape, reason))
+        self._calls.append(Call(name, what.kind, type_, path, inputs, numbers, shape, what.reason, what.clamp))
+
+
+def _name(func: Any) -> str:
+    return getattr(func, "__name__", str(func))
 
 
 def _version(tensor: Tensor) -> int:

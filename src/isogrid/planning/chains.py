@@ -1,4 +1,4 @@
-"""Chains: a computing call with the batch norm and the ReLU behind it, which it does itself."""
+"""Chains: a computing call with the batch norm and the clamp behind it, which it does itself."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -15,23 +15,23 @@ class Chain:
 
     Attributes:
         call: the computing call, the first of its name.
-        batch_norm, activation: what it absorbs, or None.
+        batch_norm, clamp: what it absorbs, or None.
     """
 
     call: Call
     batch_norm: Call | None = None
-    activation: Call | None = None
+    clamp: Call | None = None
 
     @property
     def value(self) -> int:
         """What comes out at the end."""
-        return (self.activation or self.batch_norm or self.call).output
+        return (self.clamp or self.batch_norm or self.call).output
 
 
 def find_chains(model: nn.Module, graph: Graph, names: Collection[str]) -> dict[str, Chain]:
     """The chains of the computing calls of these names, by name.
 
-    A layer that is used twice absorbs nothing: what follows may differ. A ReLU that is used more than once is absorbed
+    A layer that is used twice absorbs nothing: what follows may differ. A clamp that is used more than once is absorbed
     everywhere or nowhere, for it cannot be told apart while the model runs.
     """
     chains: dict[str, Chain] = {}
@@ -45,12 +45,12 @@ def find_chains(model: nn.Module, graph: Graph, names: Collection[str]) -> dict[
         if follower is not None and _can_absorb(model, graph, call, follower):
             chain.batch_norm = follower
             follower = graph.only_consumer(chain.value)
-        if follower is not None and follower.kind == "relu":
-            chain.activation = follower
-    absorbed = Counter(chain.activation.name for chain in chains.values() if chain.activation)
+        if follower is not None and follower.kind == "clamp":
+            chain.clamp = follower
+    absorbed = Counter(chain.clamp.name for chain in chains.values() if chain.clamp)
     for chain in chains.values():
-        if chain.activation and absorbed[chain.activation.name] < len(graph.calls_of(chain.activation.name)):
-            chain.activation = None
+        if chain.clamp and absorbed[chain.clamp.name] < len(graph.calls_of(chain.clamp.name)):
+            chain.clamp = None
     return chains
 
 

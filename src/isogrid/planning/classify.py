@@ -76,7 +76,7 @@ def is_wrapper(module: nn.Module) -> bool:
 def calls_site(module: nn.Module) -> bool:
     """Whether a module of torch.nn calls a function that can be a site."""
     pools = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-    return isinstance(module, (nn.ReLU, *pools)) and is_wrapper(module)
+    return isinstance(module, (nn.ReLU, nn.Hardtanh, *pools)) and is_wrapper(module)
 
 
 def is_one_call(module: nn.Module) -> bool:

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from isogrid.layers.clamp import Clamp
+
 LAYER_KINDS = frozenset({"linear", "convolution", "embedding"})
 """Calls of modules that have a weight to quantise."""
 
@@ -17,13 +19,14 @@ class Call:
 
     Attributes:
         name: the module's path, or the scope's path and the site's name: `layer1.0.add`.
-        kind: linear, convolution, embedding, batch_norm, add, concat, relu, average_pool, pass (moves values without
-            changing them), dropout, or float (anything else).
+        kind: linear, convolution, embedding, batch_norm, add, concat, clamp (ReLU and its kin), average_pool, pass
+            (moves values without changing them), dropout, or float (anything else).
         type: the class or function, for people.
         scope: path of the module whose forward made the call.
         inputs, outputs: values, as numbers.
         shape: of the first output.
         reason: why the kind is float, where there is more to say than that the type is unknown.
+        clamp: what a clamp limits values to.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Call:
     outputs: tuple[int, ...]
     shape: tuple[int, ...] = ()
     reason: str = ""
+    clamp: Clamp | None = None
 
     @property
     def output(self) -> int:

@@ -1,7 +1,6 @@
 """Placement: from a graph, rules and a scheme to a plan.
 
-A quantised layer absorbs the batch norm and the ReLU that follow it, so that a chain is quantised once, after its
-activation.
+A quantised layer absorbs the batch norm and the clamp that follow it, so that a chain is quantised once, at its end.
 """
 
 from collections.abc import Mapping, Sequence
@@ -121,12 +120,12 @@ class Placement:
             elif name in chains:
                 chain = chains[name]
                 feeds, output = grids.feeds(name), grids.output_of(chain)
-                activation = "relu" if chain.activation else None
+                clamp = chain.clamp.clamp if chain.clamp else None
                 if call.kind in LAYER_KINDS:
                     norm = chain.batch_norm.name if chain.batch_norm else None
-                    layers.append(LayerPlan(name, self._weight_owner[name], feeds[0], output, norm, activation))
+                    layers.append(LayerPlan(name, self._weight_owner[name], feeds[0], output, norm, clamp))
                 elif output is not None:
-                    operations.append(OperationPlan(call.scope, _site(call), call.kind, feeds, output, activation))
+                    operations.append(OperationPlan(call.scope, _site(call), call.kind, feeds, output, clamp))
             elif name in grids.concats:
                 owner = grids.owner_of(call.output)
                 operations.append(OperationPlan(call.scope, _site(call), "concat", grids.feeds(name), owner))
@@ -227,7 +226,7 @@ class Placement:
         operations: list[OperationPlan],
         chains: Mapping[str, Chain],
     ) -> Plan:
-        absorbed = {call.name for chain in chains.values() for call in (chain.batch_norm, chain.activation) if call}
+        absorbed = {call.name for chain in chains.values() for call in (chain.batch_norm, chain.clamp) if call}
         planned = {layer.path for layer in layers} | {f"{o.scope}.{o.site}".lstrip(".") for o in operations}
         return Plan(
             target=self.target.name,
@@ -249,8 +248,8 @@ class Placement:
         """
         skipped: dict[str, dict[str, None]] = {}
         for chain in chains.values():
-            if chain.activation is not None:
-                skipped.setdefault(chain.activation.scope, {})[_site(chain.activation)] = None
+            if chain.clamp is not None:
+                skipped.setdefault(chain.clamp.scope, {})[_site(chain.clamp)] = None
         watched = self.graph.scopes if operations or skipped else self.graph.fast_paths
         return {path: tuple(skipped.get(path, ())) for path in watched}
 
@@ -270,7 +269,7 @@ class Placement:
         if call.kind == "float":
             return f"{call.type} has no integer arithmetic here"
         if self.scheme.arithmetic != "static":
-            return "" if call.kind == "relu" else f"scheme {self.scheme.name} quantises weights only"
+            return "" if call.kind == "clamp" else f"scheme {self.scheme.name} quantises weights only"
         return f"{call.type} with no quantised neighbour to join"
 
     def _weight(self, path: str) -> Tensor:

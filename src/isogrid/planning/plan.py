@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from isogrid.errors import PlanError
+from isogrid.layers.clamp import Clamp
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class LayerPlan:
         input: where its input gets its grid, or None for float inputs.
         output: the site that owns the grid of its output, or None for float outputs.
         batch_norm: path of the batch norm it absorbs.
-        activation: "relu" where it applies the activation that follows.
+        clamp: the ReLU, or other limit to its output, that it applies in place of the call that follows.
         arithmetic: static, weight_only or dynamic.
     """
 
@@ -65,7 +66,7 @@ class LayerPlan:
     input: Feed | None = None
     output: str | None = None
     batch_norm: str | None = None
-    activation: str | None = None
+    clamp: Clamp | None = None
     arithmetic: str = "static"
 
 
@@ -75,7 +76,7 @@ class OperationPlan:
 
     Attributes:
         scope: path of the module; site: name of the call within its forward; kind: add, concat or average_pool.
-        inputs, output, activation: as for a layer.
+        inputs, output, clamp: as for a layer.
     """
 
     scope: str
@@ -83,7 +84,7 @@ class OperationPlan:
     kind: str
     inputs: tuple[Feed, ...]
     output: str
-    activation: str | None = None
+    clamp: Clamp | None = None
 
 
 @dataclass(frozen=True)
@@ -159,10 +160,15 @@ class Plan:
                 kernels=data["kernels"],
                 scheme=data["scheme"],
                 sites=tuple(Site(**{**site, "shape": tuple(site["shape"])}) for site in data["sites"]),
-                layers=tuple(LayerPlan(**{**layer, "input": _feed(layer["input"])}) for layer in data["layers"]),
+                layers=tuple(
+                    LayerPlan(**{**layer, "input": _feed(layer["input"]), "clamp": _clamp(layer["clamp"])})
+                    for layer in data["layers"]
+                ),
                 operations=tuple(
-                    OperationPlan(**{**operation, "inputs": tuple(Feed(**feed) for feed in operation["inputs"])})
-                    for operation in data["operations"]
+                    OperationPlan(
+                        **{**o, "inputs": tuple(Feed(**feed) for feed in o["inputs"]), "clamp": _clamp(o["clamp"])}
+                    )
+                    for o in data["operations"]
                 ),
                 scopes={path: tuple(skipped) for path, skipped in data["scopes"].items()},
                 floats=tuple((name, reason) for name, reason in data["floats"]),
@@ -177,3 +183,7 @@ class Plan:
 
 def _feed(data: dict[str, Any] | None) -> Feed | None:
     return None if data is None else Feed(**data)
+
+
+def _clamp(data: dict[str, Any] | None) -> Clamp | None:
+    return None if data is None else Clamp(**data)

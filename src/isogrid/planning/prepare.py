@@ -158,7 +158,7 @@ class _Builder:
             return
         assert isinstance(module, QuantizedLayer)
         module.arithmetic = "static" if plan.arithmetic == "static" else "float"
-        module.activation = plan.activation
+        module.clamp = plan.clamp
         module.input_on_grid = plan.input.on_grid if plan.input is not None else False
         module.input_rule = rule_of(module.weight_quantizer.format) if plan.arithmetic == "dynamic" else None
         self._give(module, plan.path, "input_quantizer", plan.input.grid if plan.input is not None else None)
@@ -174,7 +174,7 @@ class _Builder:
 
     def _site(self, plan: OperationPlan) -> QuantizedSite:
         name = f"{plan.scope}.{plan.site}".lstrip(".")
-        site = OPERATIONS[plan.kind]([feed.on_grid for feed in plan.inputs], plan.activation, self.plan.kernels)
+        site = OPERATIONS[plan.kind]([feed.on_grid for feed in plan.inputs], plan.clamp, self.plan.kernels)
         for number, feed in enumerate(plan.inputs):
             self._give(site, name, f"input_quantizer{number}", feed.grid)
         self._give(site, name, "output_quantizer", plan.output)

@@ -2,12 +2,14 @@
 
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isogrid.layers.integer import IntegerConvolution
 from isogrid.layers.layer import QuantizedLayer
-from isogrid.layers.operations import BilinearOperation, ConvolutionOperation
+from isogrid.layers.operations import BilinearOperation, ConvolutionOperation, TransposedConvolutionOperation
+from isogrid.layers.subpixel import IntegerTransposedConvolution
 
 
 class QuantizedConvolution(QuantizedLayer):
@@ -58,3 +60,38 @@ class QuantizedConv2d(QuantizedConvolution, nn.Conv2d):
 
 class QuantizedConv3d(QuantizedConvolution, nn.Conv3d):
     """torch.nn.Conv3d with quantised weight, input and output; made by `isogrid.prepare`."""
+
+
+class QuantizedTransposedConvolution(QuantizedLayer):
+    """Mixin of QuantizedConvTranspose1d, 2d and 3d: any stride, dilation, groups, padding and output padding."""
+
+    stride: tuple[int, ...]
+    padding: Any
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    groups: int
+
+    @property
+    def operation(self) -> TransposedConvolutionOperation:
+        sizes = (tuple(self.stride), tuple(self.padding), tuple(self.output_padding), tuple(self.dilation))
+        return TransposedConvolutionOperation(*sizes, self.groups)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return self.compute(input, self.operation.reaching(output_size, input.shape, self.kernel_size))
+
+    def to_integer(self) -> nn.Module:
+        return IntegerTransposedConvolution(self.operation, *self.integer_parts())
+
+
+class QuantizedConvTranspose1d(QuantizedTransposedConvolution, nn.ConvTranspose1d):
+    """torch.nn.ConvTranspose1d with quantised weight, input and output; made by `isogrid.prepare`."""
+
+
+class QuantizedConvTranspose2d(QuantizedTransposedConvolution, nn.ConvTranspose2d):
+    """torch.nn.ConvTranspose2d with quantised weight, input and output; made by `isogrid.prepare`."""
+
+
+class QuantizedConvTranspose3d(QuantizedTransposedConvolution, nn.ConvTranspose3d):
+    """torch.nn.ConvTranspose3d with quantised weight, input and output; made by `isogrid.prepare`."""

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isogrid.layers.integer import IntegerEmbedding
+from isogrid.layers.weights import weight_of
 from isogrid.quantizers import Quantizer
 
 
@@ -20,7 +21,7 @@ class QuantizedEmbedding(nn.Embedding):
         with torch._C.DisableTorchFunction():
             return F.embedding(
                 input,
-                self.weight_quantizer(self.weight),
+                self.weight_quantizer(weight_of(self)),
                 self.padding_idx,
                 self.max_norm,
                 self.norm_type,
@@ -31,7 +32,7 @@ class QuantizedEmbedding(nn.Embedding):
     @torch.no_grad()
     def to_integer(self) -> nn.Module:
         """The layer that stores codes."""
-        quantized = self.weight_quantizer.quantize(self.weight)
+        quantized = self.weight_quantizer.quantize(weight_of(self))
         scale = quantized.affine.scale
         assert scale is not None
         return IntegerEmbedding(quantized.codes.to(torch.int8), scale.expand(self.num_embeddings, -1).contiguous())

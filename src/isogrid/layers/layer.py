@@ -13,6 +13,7 @@ from isogrid.layers.folding import Folded, fold
 from isogrid.layers.integer import StaticGrid
 from isogrid.layers.operations import BilinearOperation
 from isogrid.layers.static import Finish, static_operation
+from isogrid.layers.weights import weight_of
 from isogrid.quantizers import Operand, Quantizer, quantized_operation
 
 Arithmetic = Literal["static", "float"]
@@ -66,6 +67,10 @@ class QuantizedLayer(nn.Module):
         """The float operation of this layer."""
         raise NotImplementedError
 
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """Weight, output channels first, and bias of `operation`, before quantisation."""
+        return weight_of(self), self.bias
+
     def arrange_input(self, x: Tensor) -> Tensor:
         """The input as `operation` takes it: padded, where the padding is not with zeros on equal sides."""
         return x
@@ -74,25 +79,27 @@ class QuantizedLayer(nn.Module):
         """The layer's output as the runtime computes it, with the gradient of its estimators."""
         # Operations in here are not those of the model, so that no operation scope around may count them.
         with torch._C.DisableTorchFunction():
-            return self._forward(input)
+            return self.compute(input, self.operation)
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor, operation: BilinearOperation) -> Tensor:
+        """`forward` by an operation whose geometry may differ from call to call."""
+        weight, bias = self.operands()
         if self.input_quantizer is not None and not self.input_on_grid:
             self.input_quantizer.observe(x)
         x = self.arrange_input(x)
         x_operand = self.input_quantizer.operand(x, self.input_on_grid) if self.input_quantizer is not None else None
         if self.input_rule is not None and self.weight_quantizer.enabled:
             x_operand = self.input_rule.operand
-        weight_operand = self.weight_quantizer.operand(self.weight)
+        weight_operand = self.weight_quantizer.operand(weight)
         if self._computes_static(x_operand, weight_operand):
             assert x_operand is not None and weight_operand is not None
-            return self._static_forward(x, x_operand, weight_operand)
+            return self._static_forward(operation, x, weight, bias, x_operand, weight_operand)
         if self.batch_norm is not None and weight_operand is not None:
             weight_operand = self._with_sign(weight_operand)
         if x_operand is None and weight_operand is None:
-            y = self.operation.forward(x, self.weight, self.bias)
+            y = operation.forward(x, weight, bias)
         else:
-            y = quantized_operation(self.operation, x, self.weight, self.bias, x_operand, weight_operand)
+            y = quantized_operation(operation, x, weight, bias, x_operand, weight_operand)
         if self.batch_norm is not None:
             y = self.batch_norm.normalize(y)
         y = y if self.clamp is None else self.clamp(y)
@@ -105,30 +112,38 @@ class QuantizedLayer(nn.Module):
         observing = self.output_quantizer is not None and not self.output_quantizer.enabled
         return not live and not observing and x_operand.strength is None and weight_operand.strength is None
 
-    def _static_forward(self, x: Tensor, x_operand: Operand, weight_operand: Operand) -> Tensor:
+    def _static_forward(
+        self,
+        operation: BilinearOperation,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        x_operand: Operand,
+        weight_operand: Operand,
+    ) -> Tensor:
         weight_scale, x_scale = weight_operand.affine.scale, x_operand.affine.scale
         assert weight_scale is not None and x_scale is not None
-        folded = self.folded(weight_scale, x_scale)
-        signed = weight_scale * self._weight_view(folded.weight_factor)
+        folded = self._folded(weight_scale, x_scale, len(weight), bias)
+        signed = weight_scale * _like_channels(folded.weight_factor, weight)
         weight_operand = weight_operand._replace(affine=weight_operand.affine._replace(scale=signed))
         x_scale = x_scale.detach()
         quantizer = self.output_quantizer
         finish = Finish(
-            *self._float_twin(x_scale * signed.detach().reshape(-1).expand(len(self.weight))),
+            *self._float_twin(x_scale * signed.detach().reshape(-1).expand(len(weight)), bias),
             bias_codes=arithmetic.quantize_bias(folded.shift, x_scale, folded.scale),
             step=x_scale * folded.scale,
             clamp=self.clamp,
             output=None if quantizer is None else quantizer.operand(x),
             watch=None if quantizer is None or not quantizer.follows else quantizer.observed_operand,
         )
-        return static_operation(self.operation, x, self.weight, x_operand, weight_operand, finish)
+        return static_operation(operation, x, weight, x_operand, weight_operand, finish)
 
-    def _float_twin(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def _float_twin(self, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Factor and shift [channels] from accumulator to float output, batch norm by its running statistics included.
 
         Unlike those of deployment they carry gradients, to the bias and to the affine part of batch norm.
         """
-        shift = torch.zeros_like(scale) if self.bias is None else self.bias.to(torch.float32)
+        shift = torch.zeros_like(scale) if bias is None else bias.to(torch.float32)
         norm: Any = self.batch_norm
         if norm is None:
             return scale, shift
@@ -139,22 +154,26 @@ class QuantizedLayer(nn.Module):
 
     def folded(self, weight_scale: Tensor, x_scale: Tensor) -> Folded:
         """Scales and shift of the layer with its batch norm folded in, [channels]."""
-        channels = self.weight.shape[0]
+        weight, bias = self.operands()
+        return self._folded(weight_scale, x_scale, len(weight), bias)
+
+    def _folded(self, weight_scale: Tensor, x_scale: Tensor, channels: int, bias: Tensor | None) -> Folded:
         per_channel = weight_scale.detach().reshape(-1).expand(channels)
         norm: Any = self.batch_norm
-        return fold(per_channel, x_scale, self.bias, norm)
+        return fold(per_channel, x_scale, bias, norm)
 
     @torch.no_grad()
     def integer_parts(self) -> tuple[Tensor, Tensor, Tensor, StaticGrid, StaticGrid | None]:
         """Weight codes, folded scale, bias codes, input and output grid, as deployment stores them."""
         assert self.input_quantizer is not None
         input_grid = static_grid(self.input_quantizer)
-        weight_scale = self.weight_quantizer.affine(self.weight).scale
+        weight, shift = self.operands()
+        weight_scale = self.weight_quantizer.affine(weight).scale
         assert weight_scale is not None
-        folded = self.folded(weight_scale, input_grid.scale)
-        signed = weight_scale * self._weight_view(folded.weight_factor)
+        folded = self._folded(weight_scale, input_grid.scale, len(weight), shift)
+        signed = weight_scale * _like_channels(folded.weight_factor, weight)
         grid: Any = self.weight_quantizer.format.grid
-        codes = grid.round(self.weight / signed).to(torch.int8)
+        codes = grid.round(weight / signed).to(torch.int8)
         bias = arithmetic.quantize_bias(folded.shift, input_grid.scale, folded.scale)
         output = None
         if self.output_quantizer is not None:
@@ -169,11 +188,8 @@ class QuantizedLayer(nn.Module):
         gain: Any = self.batch_norm.weight if self.batch_norm is not None else None
         if gain is None or operand.affine.scale is None:
             return operand
-        sign = self._weight_view(torch.where(gain.detach() < 0, -1.0, 1.0))
+        sign = _like_channels(torch.where(gain.detach() < 0, -1.0, 1.0), operand.affine.scale)
         return operand._replace(affine=operand.affine._replace(scale=operand.affine.scale * sign))
-
-    def _weight_view(self, per_channel: Tensor) -> Tensor:
-        return per_channel.reshape(-1, *[1] * (self.weight.dim() - 1))
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"weight={self.weight_quantizer.format}"]
@@ -183,6 +199,11 @@ class QuantizedLayer(nn.Module):
         if self.clamp is not None:
             parts.append(str(self.clamp))
         return ", ".join(part for part in parts if part)
+
+
+def _like_channels(per_channel: Tensor, weight: Tensor) -> Tensor:
+    """A vector over output channels in the view in which it broadcasts against a weight."""
+    return per_channel.reshape(-1, *[1] * (weight.dim() - 1))
 
 
 def static_grid(quantizer: Quantizer) -> StaticGrid:

@@ -1,12 +1,14 @@
 """The bilinear operations that layers are made of, with their derivatives, free of any quantisation."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from isogrid.errors import PlanError
 
 Needs = tuple[bool, bool, bool]
 Triple = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -92,4 +94,83 @@ class ConvolutionOperation:
         return list(zip(torch.split(x, size, 1), torch.split(weight, size, 1), strict=True))
 
 
-BilinearOperation = LinearOperation | ConvolutionOperation
+@dataclass(frozen=True)
+class TransposedConvolutionOperation:
+    """A transposed convolution of 1 to 3 spatial dimensions for x [batch, in, ...], weight [out, in / groups, ...].
+
+    Args:
+        stride, padding, output_padding, dilation, groups: as in torch.nn.ConvTranspose2d, one number a spatial
+            dimension.
+
+    >>> operation = TransposedConvolutionOperation((2, 2), (0, 0), (0, 0), (1, 1), 1)
+    >>> operation.forward(torch.ones(1, 1, 1, 1), torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), None)
+    tensor([[[[1., 2.],
+              [3., 4.]]]])
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    channel_axis: int = 1
+    divides: ClassVar[bool] = False
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        convolve: Callable[..., Tensor] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.dim() - 3]
+        return convolve(
+            x, self._turned(weight), bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        )
+
+    def backward(self, gradient: Tensor, x: Tensor, weight: Tensor, needs: Needs) -> Triple:
+        """Gradients of x, weight and bias, each None where not needed."""
+        x_gradient, weight_gradient, bias_gradient = torch.ops.aten.convolution_backward(
+            gradient,
+            x,
+            self._turned(weight),
+            [weight.shape[0]] if needs[2] else None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            True,
+            self.output_padding,
+            self.groups,
+            list(needs),
+        )
+        if weight_gradient is not None:
+            grouped = weight_gradient.reshape(self.groups, -1, *weight_gradient.shape[1:]).transpose(1, 2)
+            weight_gradient = grouped.reshape(weight.shape)
+        return x_gradient, weight_gradient, bias_gradient
+
+    def divide(self, x: Tensor, weight: Tensor, pieces: int) -> list[tuple[Tensor, Tensor]]:
+        """Not split; see `divides`."""
+        return [(x, weight)]
+
+    def reaching(
+        self, output_size: Sequence[int] | None, shape: Sequence[int], kernel: Sequence[int]
+    ) -> "TransposedConvolutionOperation":
+        """The operation whose output has a wanted size, where one is given; see torch.nn.ConvTranspose2d.
+
+        Raises:
+            PlanError: no output padding leads there.
+        """
+        if output_size is None:
+            return self
+        space = list(output_size)[-len(kernel) :]
+        missing = tuple(
+            wanted - ((length - 1) * stride - 2 * padding + dilation * (size - 1) + 1)
+            for wanted, length, stride, padding, dilation, size in zip(
+                space, shape[-len(kernel) :], self.stride, self.padding, self.dilation, kernel, strict=True
+            )
+        )
+        if any(not 0 <= m < max(s, d) for m, s, d in zip(missing, self.stride, self.dilation, strict=True)):
+            raise PlanError(f"A transposed convolution with {self} cannot turn {tuple(shape)} into {tuple(space)}.")
+        return replace(self, output_padding=missing)
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        """As PyTorch takes it: [in, out / groups, ...]."""
+        grouped = weight.reshape(self.groups, -1, *weight.shape[1:]).transpose(1, 2)
+        return grouped.reshape(-1, weight.shape[0] // self.groups, *weight.shape[2:])
+
+
+BilinearOperation = LinearOperation | ConvolutionOperation | TransposedConvolutionOperation

@@ -17,7 +17,6 @@ from isogrid.errors import CaptureError
 from isogrid.layers.clamp import CLAMPS, Clamp, clamp_of
 from isogrid.layers.scope import OPERATION_KINDS, is_container, site_name, tensors_first
 from isogrid.planning.classify import (
-    MODULE_KINDS,
     MOVING_FUNCTIONS,
     calls_site,
     has_fast_path,
@@ -25,6 +24,7 @@ from isogrid.planning.classify import (
     is_one_call,
     is_sequential,
     is_wrapper,
+    kind_of,
     why_float,
     why_module_is_float,
 )
@@ -113,7 +113,11 @@ class _Recorder(TorchFunctionMode):
                 and not path.startswith(inside)
                 and next(module.parameters(recurse=False), None) is not None
             ),
-            scopes=tuple(path for module, path in modules if has_own_forward(module) or self._is_alone(module)),
+            scopes=tuple(
+                path
+                for module, path in modules
+                if not path.startswith(inside) and (has_own_forward(module) or self._is_alone(module))
+            ),
             fast_paths=tuple(path for module, path in modules if has_fast_path(module)),
         )
 
@@ -216,7 +220,7 @@ class _Recorder(TorchFunctionMode):
         inputs = tuple(self.value(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         reason = why_module_is_float(module, outputs[0]) if outputs else ""
-        kind = "float" if reason else MODULE_KINDS.get(type(module), "float")
+        kind = "float" if reason else kind_of(module)
         self._record(_What(kind, None, reason), type(module).__name__, inputs, outputs, module)
 
     def _record(

@@ -10,18 +10,22 @@ from torch.nn.utils.parametrize import is_parametrized
 from isogrid.errors import PlanError
 from isogrid.layers.pooling import averages_space, pooling_of
 from isogrid.layers.scope import is_container
+from isogrid.layers.weights import computes_weight, weight_of
 
 MODULE_KINDS: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
     nn.Conv1d: "convolution",
     nn.Conv2d: "convolution",
     nn.Conv3d: "convolution",
+    nn.ConvTranspose1d: "convolution",
+    nn.ConvTranspose2d: "convolution",
+    nn.ConvTranspose3d: "convolution",
     nn.Embedding: "embedding",
     nn.BatchNorm1d: "batch_norm",
     nn.BatchNorm2d: "batch_norm",
     nn.BatchNorm3d: "batch_norm",
 }
-"""Modules that are one call; a subclass is not its parent, for its forward may do something else."""
+"""Modules that are one call."""
 
 MOVING_FUNCTIONS = frozenset(
     {
@@ -67,7 +71,7 @@ def is_wrapper(module: nn.Module) -> bool:
     """Whether a module of torch.nn merely calls one function: no children, no parameters, nn.ReLU or nn.MaxPool2d."""
     return (
         _is_of_torch(module)
-        and type(module) not in MODULE_KINDS
+        and layer_type(module) is None
         and next(module.children(), None) is None
         and next(module.parameters(), None) is None
     )
@@ -85,14 +89,44 @@ def is_one_call(module: nn.Module) -> bool:
     So it is for layers, for modules of torch.nn with parameters of their own such as nn.LayerNorm, and for
     subclasses of layers.
     """
-    if type(module) in MODULE_KINDS or is_subclass_of_layer(module):
+    if layer_type(module) is not None or is_subclass_of_layer(module):
         return True
     return _is_of_torch(module) and next(module.parameters(recurse=False), None) is not None
 
 
+def layer_type(module: nn.Module) -> type[nn.Module] | None:
+    """The class of `MODULE_KINDS` whose forward a module runs: its own, or that of the class it extends, unchanged.
+
+    >>> class Wide(nn.Conv2d):
+    ...     pass
+    >>> layer_type(Wide(1, 1, 1)).__name__, layer_type(nn.ReLU())
+    ('Conv2d', None)
+    """
+    if type(module) in MODULE_KINDS:
+        return type(module)
+    found = next((kind for kind in MODULE_KINDS if isinstance(module, kind)), None)
+    if found is None or any(_of(type(module), name) is not _of(found, name) for name in _DECIDES_FORWARD):
+        return None
+    computed = [name for name in ("weight", "bias") if isinstance(_of(type(module), name), property)]
+    return found if all(name == "weight" and is_parametrized(module, name) for name in computed) else None
+
+
+def kind_of(module: nn.Module) -> str:
+    """The kind of call that a module is: that of its layer, or float."""
+    found = layer_type(module)
+    return "float" if found is None else MODULE_KINDS[found]
+
+
+_DECIDES_FORWARD = ("__call__", "_call_impl", "forward", "_conv_forward", "_output_padding")
+
+
+def _of(kind: type[nn.Module], name: str) -> Any:
+    return getattr(kind, name, None)
+
+
 def is_subclass_of_layer(module: nn.Module) -> bool:
     """Whether a module extends a layer that could be quantised, and has no layers of its own inside."""
-    extends = isinstance(module, tuple(MODULE_KINDS)) and type(module) not in MODULE_KINDS
+    extends = isinstance(module, tuple(MODULE_KINDS)) and layer_type(module) is None
     return extends and (next(module.children(), None) is None or is_parametrized(module))
 
 
@@ -104,7 +138,7 @@ def is_sequential(module: nn.Module) -> bool:
 def has_own_forward(module: nn.Module) -> bool:
     """Whether a module's forward calls functions and other modules, so that it is a scope."""
     runs = type(module).forward is not nn.Module.forward and not is_sequential(module)
-    is_call_of_torch = is_one_call(module) and (type(module) in MODULE_KINDS or _is_of_torch(module))
+    is_call_of_torch = is_one_call(module) and (layer_type(module) is not None or _is_of_torch(module))
     return runs and not is_wrapper(module) and not is_call_of_torch
 
 
@@ -145,16 +179,12 @@ def why_module_is_float(module: nn.Module, output: Tensor) -> str:
     """Why a module that was called as one is not quantised, where its kind alone does not say; else empty."""
     if is_subclass_of_layer(module):
         parent = next(kind for kind in MODULE_KINDS if isinstance(module, kind))
-        if is_parametrized(module):
-            return (
-                f"a parametrized {parent.__name__}; torch.nn.utils.parametrize.remove_parametrizations makes it plain"
-            )
         return f"{type(module).__name__} extends {parent.__name__}, and its forward may do something else"
-    if type(module) in MODULE_KINDS and "weight" in vars(module):
-        return "its weight is computed by a hook; take the hook off first, as with torch.nn.utils.remove_weight_norm"
+    if layer_type(module) is not None and "weight" in vars(module) and not computes_weight(module):
+        return "its weight is a plain tensor, which some code of the model's own computes"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         return "an embedding with max_norm or sparse gradients changes its table behind the quantiser's back"
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and output.dim() != module.weight.dim():
+    if kind_of(module) == "convolution" and output.dim() != weight_of(module).dim():
         return "a convolution of one example without a batch dimension"
     return ""
 

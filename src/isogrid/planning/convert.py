@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from isogrid.errors import NonFiniteError, NotCalibratedError
 from isogrid.layers.batch_norm import AbsorbedBatchNorm
 from isogrid.layers.integer import IntegerModule
+from isogrid.layers.weights import computed_by, refresh_weight
 from isogrid.planning.state import prepared_state, quantizers
 
 
@@ -36,6 +37,8 @@ def convert(model: nn.Module) -> nn.Module:
             raise NonFiniteError(
                 f"{name} holds NaN or infinity, so there is nothing to convert. Go back to a checkpoint."
             )
+    for module in model.modules():
+        refresh_weight(module)
     integer = copy.deepcopy(model).eval()
     made: dict[nn.Module, nn.Module] = {}
     for parent in list(integer.modules()):
@@ -58,6 +61,9 @@ def _twin(module: nn.Module) -> nn.Module:
         # A user's hooks go along, and attributes such as out_features, which a forward may read.
         if is_hook or is_plain:
             setattr(twin, name, value)
+    for number, hook in list(twin._forward_pre_hooks.items()):
+        if computed_by(hook):  # the weight of the twin is computed for good
+            del twin._forward_pre_hooks[number]
     return twin
 
 

@@ -3,7 +3,7 @@
 A quantised layer absorbs the batch norm and the clamp that follow it, so that a chain is quantised once, at its end.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from isogrid.errors import FormatError, PlanError
 from isogrid.formats import Format, named_format
+from isogrid.layers.weights import weight_key, weight_of
 from isogrid.planning.chains import Chain, find_chains
 from isogrid.planning.graph import COMPUTING_KINDS, LAYER_KINDS, Call, Graph
 from isogrid.planning.grids import Grids
@@ -147,11 +148,11 @@ class Placement:
     @cached_property
     def _weight_owner(self) -> dict[str, str]:
         """The site of each layer's weight: that of the first layer which uses the same parameter."""
-        first: dict[int, str] = {}
+        first: dict[Hashable, str] = {}
         found = {}
         for name in self.choices:
             if self.graph.calls_of(name)[0].kind in LAYER_KINDS:
-                found[name] = first.setdefault(id(self._weight(name)), f"{name}.weight")
+                found[name] = first.setdefault(weight_key(self.model.get_submodule(name)), f"{name}.weight")
         return found
 
     def _weight_sites(self, layers: Sequence[LayerPlan]) -> list[Site]:
@@ -273,9 +274,7 @@ class Placement:
         return f"{call.type} with no quantised neighbour to join"
 
     def _weight(self, path: str) -> Tensor:
-        weight = self.model.get_submodule(path).weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return weight_of(self.model.get_submodule(path))
 
 
 def _site(call: Call) -> str:

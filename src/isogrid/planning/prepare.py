@@ -3,19 +3,28 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from isogrid.errors import NonFiniteError, PlanError
 from isogrid.formats import named_format
-from isogrid.layers.batch_norm import AbsorbedBatchNorm, AbsorbedBatchNorm1d, AbsorbedBatchNorm2d, AbsorbedBatchNorm3d
-from isogrid.layers.convolution import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d
+from isogrid.layers.batch_norm import AbsorbedBatchNorm1d, AbsorbedBatchNorm2d, AbsorbedBatchNorm3d
+from isogrid.layers.convolution import (
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConv3d,
+    QuantizedConvTranspose1d,
+    QuantizedConvTranspose2d,
+    QuantizedConvTranspose3d,
+)
 from isogrid.layers.dynamic import rule_of
 from isogrid.layers.embedding import QuantizedEmbedding
 from isogrid.layers.layer import QuantizedLayer, link, replacement
 from isogrid.layers.linear import QuantizedLinear
 from isogrid.layers.scope import OperationScope, check_scope, open_scope
 from isogrid.layers.sites import QuantizedAdd, QuantizedAveragePool, QuantizedConcat, QuantizedSite
+from isogrid.layers.weights import refresh_weight, weight_of
+from isogrid.planning.classify import kind_of, layer_type
 from isogrid.planning.plan import LayerPlan, OperationPlan, Plan, Site
 from isogrid.planning.state import add_state, is_prepared
 from isogrid.quantizers import Quantizer
@@ -27,6 +36,9 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: QuantizedConv1d,
     nn.Conv2d: QuantizedConv2d,
     nn.Conv3d: QuantizedConv3d,
+    nn.ConvTranspose1d: QuantizedConvTranspose1d,
+    nn.ConvTranspose2d: QuantizedConvTranspose2d,
+    nn.ConvTranspose3d: QuantizedConvTranspose3d,
     nn.Embedding: QuantizedEmbedding,
     nn.BatchNorm1d: AbsorbedBatchNorm1d,
     nn.BatchNorm2d: AbsorbedBatchNorm2d,
@@ -89,8 +101,8 @@ class _Builder:
         for site in self.plan.sites:
             quantizer = self.quantizers[site.name] = make_quantizer(site)
             if site.kind == "weight":
-                weight: Any = self._module(site.name.removesuffix(".weight")).weight
-                quantizer.to(weight.device).fit(weight.detach())
+                weight = weight_of(self._module(site.name.removesuffix(".weight"))).detach()
+                quantizer.to(weight.device).fit(weight)
             else:
                 quantizer.to(self.device)
 
@@ -98,7 +110,7 @@ class _Builder:
         module = self._module(layer.path)
         if layer.path == "":
             raise PlanError("A model that is itself one layer cannot be changed in place. Wrap it in nn.Sequential.")
-        if type(module) not in LAYERS or issubclass(LAYERS[type(module)], AbsorbedBatchNorm):
+        if kind_of(module) in ("float", "batch_norm"):
             raise PlanError(
                 f"The plan quantises {layer.path!r}, which is a {type(module).__name__}. Plan this model anew."
             )
@@ -106,8 +118,8 @@ class _Builder:
             self._module(layer.batch_norm), nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
         ):
             raise PlanError(f"The plan folds {layer.batch_norm!r}, which is no batch norm. Plan this model anew.")
-        weight = module.weight
-        assert isinstance(weight, Tensor)
+        refresh_weight(module)
+        weight = weight_of(module)
         if not weight.isfinite().all():
             raise NonFiniteError(
                 f"The weight of {layer.path!r} holds NaN or infinity. Quantisation needs finite weights; "
@@ -138,7 +150,9 @@ class _Builder:
     def _replace(self, path: str, modules: dict[str, nn.Module], made: dict[nn.Module, nn.Module]) -> None:
         old = modules[path]
         if old not in made:
-            made[old] = replacement(old, LAYERS[type(old)])
+            kind = layer_type(old)
+            assert kind is not None
+            made[old] = replacement(old, LAYERS[kind])
 
     def _assign(self, made: dict[nn.Module, nn.Module]) -> None:
         """Put every new module wherever the old one was: under all its names, and in lists and dictionaries."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.formats import Quantized
+from isogrid.layers.weights import weight_of
 from isogrid.planning.state import weight_quantizers
 from isogrid.quantizers import Quantizer
 from isogrid.quantizers.functional import saturation
@@ -57,7 +58,7 @@ def stored_weights(model: nn.Module) -> Iterator[StoredWeight]:
     for name in weight_quantizers(model):
         path = name.rpartition(".")[0]
         layer: Any = model.get_submodule(path)
-        weight = layer.weight.detach().float()
+        weight = weight_of(layer).detach().float()
         batch_norm = getattr(layer, "batch_norm", None)
         if batch_norm is not None and batch_norm.weight is not None:
             sign = torch.where(batch_norm.weight.detach() < 0, -1.0, 1.0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.layers.layer import QuantizedLayer
+from isogrid.layers.weights import weight_of
 from isogrid.planning.state import prepared_state, weight_quantizers
 from isogrid.report.data import (
     BoundRow,
@@ -159,7 +160,7 @@ class _StoredWeight(NamedTuple):
 
 
 def _stored_weight(layer: Any) -> _StoredWeight:
-    quantizer, weight = layer.weight_quantizer, layer.weight.detach().float()
+    quantizer, weight = layer.weight_quantizer, weight_of(layer).detach().float()
     if isinstance(layer, QuantizedLayer) and layer.arithmetic == "static":
         codes, *_ = layer.integer_parts()
         factor = _weight_factor(layer).reshape(-1, *[1] * (weight.dim() - 1))

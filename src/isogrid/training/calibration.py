@@ -10,6 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_leaves
 
 from isogrid.errors import NonFiniteError, NotCalibratedError, PlanError
+from isogrid.layers.weights import refresh_weight, weight_of
 from isogrid.planning.state import activation_quantizers, prepared_state, quantizers, weight_quantizers
 
 
@@ -60,8 +61,9 @@ def calibrate(
             raise NotCalibratedError("There is no batch to calibrate with. Pass at least one.")
         fit_activations(model)
         for name, quantizer in weight_quantizers(model).items():
-            layer: Any = model.get_submodule(name.rpartition(".")[0])
-            quantizer.fit(layer.weight.detach())
+            layer = model.get_submodule(name.rpartition(".")[0])
+            refresh_weight(layer)
+            quantizer.fit(weight_of(layer).detach())
     finally:
         for module, flag in flags.items():
             module.training = flag

@@ -1,0 +1,63 @@
+"""The weight of a layer as its operation multiplies by it, however the layer keeps it."""
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """A layer's weight with the output channels first, differentiable with respect to what it is computed from.
+
+    Computed are weights that are parametrised (`torch.nn.utils.parametrizations`), normed by a hook or pruned. The
+    weight of a transposed convolution, [in, out / groups, *kernel] in PyTorch, becomes [out, in / groups, *kernel].
+
+    >>> weight_of(nn.ConvTranspose2d(4, 6, 3, groups=2)).shape
+    torch.Size([6, 2, 3, 3])
+    """
+    layer: Any = module
+    weight: Tensor = layer.parametrizations["weight"]() if is_parametrized(module, "weight") else layer.weight
+    if isinstance(module, TRANSPOSED):
+        grouped = weight.reshape(module.groups, -1, *weight.shape[1:]).transpose(1, 2)
+        return grouped.reshape(module.out_channels, -1, *weight.shape[2:])
+    return weight
+
+
+def weight_key(module: nn.Module) -> Hashable:
+    """Equal for layers whose weights are one: the same parameter, read in the same way."""
+    layer: Any = module
+    if is_parametrized(module, "weight") or "weight" in vars(module):
+        return id(module)
+    return id(layer.weight), isinstance(module, TRANSPOSED)
+
+
+def computes_weight(module: nn.Module) -> bool:
+    """Whether a hook of torch.nn.utils computes a module's weight when it runs: weight_norm, spectral_norm, pruning."""
+    return any(computed_by(hook) == "weight" for hook in module._forward_pre_hooks.values())
+
+
+@torch.no_grad()
+def refresh_weight(module: nn.Module) -> None:
+    """Compute anew what hooks of torch.nn.utils otherwise compute when the module runs.
+
+    The tensors then hold no history, so that the module can be copied.
+    """
+    training, module.training = module.training, False  # in training, a spectral norm would move
+    for hook in module._forward_pre_hooks.values():
+        if computed_by(hook):
+            hook(module, None)
+    module.training = training
+
+
+def computed_by(hook: Any) -> str:
+    """The name of the tensor that a hook of torch.nn.utils computes; empty for any other hook."""
+    if isinstance(hook, WeightNorm | SpectralNorm):
+        return hook.name
+    return str(hook._tensor_name) if isinstance(hook, BasePruningMethod) else ""

@@ -38,6 +38,7 @@ CASES = {
         *(codes(2, 3, 9, 8), *GRID),
         *(ONE, ZERO, [3, 2], [2, 2], [1, 0], True, False, 0, 255, "onnxruntime"),
     ),
+    "static_activation": (codes(2, 3, 4), *GRID, SCALES[:3], ONE, ZERO, "prelu", [], 0, 255, "onnxruntime"),
     "static_concatenate": ([codes(2, 3), codes(2, 4)], [ONE, ONE * 2], [ZERO, ZERO], ONE, ZERO, 1, 0, 255),
     "matmul_nbits": (
         *(torch.randn(2, 3, 64), nbits.pack_matmul_nbits(codes(6, 64) // 16, 4, 32)),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from isogrid.layers.activations import Applied, look_up
 from isogrid.layers.kernels import KERNELS
 from isogrid.layers.windows import pooled_sizes
 
@@ -152,3 +153,42 @@ def _(
 ) -> Tensor:
     space = pooled_sizes(x.shape[2:], kernel, stride, padding, ceil_mode)
     return x.new_empty((*x.shape[:2], *space), dtype=y_zero_point.dtype)
+
+
+@custom_op("isogrid::static_activation", mutates_args=())
+def static_activation(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    slopes: Tensor | None,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    function: str,
+    parameters: Sequence[float],
+    low: int,
+    high: int,
+    kernels: str,
+) -> Tensor:
+    """Codes of an elementwise function, by the table that `activations.lookup_table` describes.
+
+    function, parameters, slopes: see `activations.Applied`.
+    """
+    applied = Applied(function, tuple(parameters), slopes)
+    return look_up(x, KERNELS[kernels].table(applied, x_scale, x_zero_point, y_scale, y_zero_point, low, high))
+
+
+@static_activation.register_fake
+def _(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    slopes: Tensor | None,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    function: str,
+    parameters: Sequence[float],
+    low: int,
+    high: int,
+    kernels: str,
+) -> Tensor:
+    return torch.empty_like(x, dtype=y_zero_point.dtype)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from isogrid.layers import onnxruntime_kernels
+from isogrid.layers.activations import lookup_table
 
 Kernel = Callable[..., Tensor]
 
@@ -27,12 +28,15 @@ class Kernels:
         average_pool: over windows, [batch, channels, *space], with kernel, stride, padding, ceil_mode and
             count_include_pad as in torch.
         global_average_pool: over all of space, [batch, channels, *space] to [batch, channels, 1, ...].
+        table: of the codes of an elementwise function; see `activations.lookup_table`, which holds wherever the table
+            itself is deployed.
     """
 
     add: Kernel
     multiply: Kernel
     average_pool: Kernel
     global_average_pool: Kernel
+    table: Kernel = lookup_table
 
 
 KERNELS: dict[str, Kernels] = {

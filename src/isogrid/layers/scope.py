@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from isogrid.errors import CaptureError
+from isogrid.layers import activations
 from isogrid.layers.clamp import CLAMPS, CLAMPS_IN_PLACE
 
 OPERATION_KINDS: dict[Callable[..., Any], str] = {
@@ -26,10 +27,11 @@ OPERATION_KINDS: dict[Callable[..., Any], str] = {
     **dict.fromkeys((F.avg_pool1d, F.avg_pool2d, F.avg_pool3d), "average_pool"),
     **dict.fromkeys((F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d), "average_pool"),
     **dict.fromkeys((torch.mean, Tensor.mean), "mean"),
+    **activations.NAMES,
 }
 """The torch functions that can be sites, and what kind of site each is."""
 
-WRITING = frozenset({Tensor.add_, Tensor.__iadd__}) | CLAMPS_IN_PLACE
+WRITING = frozenset({Tensor.add_, Tensor.__iadd__}) | CLAMPS_IN_PLACE | activations.WRITING
 """Those that write their result into their first argument."""
 
 TENSORS_OF_KIND = {"add": ("input", "other"), "concat": ("tensors",)}

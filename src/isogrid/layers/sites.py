@@ -1,4 +1,4 @@
-"""Operations in a model's `forward` that are quantised: residual addition, concatenation, average pooling.
+"""Operations in a model's `forward` that are quantised: residual addition, concatenation, pooling, activations.
 
 Each is a module that its operation scope calls instead of the torch function, with the same arguments.
 """
@@ -10,8 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.layers import arithmetic
+from isogrid.layers.activations import applied, draws, look_up
 from isogrid.layers.clamp import Clamp
-from isogrid.layers.integer import IntegerAdd, IntegerAveragePool, IntegerConcat, StaticGrid, is_broadcast
+from isogrid.layers.integer import (
+    IntegerActivation,
+    IntegerAdd,
+    IntegerAveragePool,
+    IntegerConcat,
+    StaticGrid,
+    is_broadcast,
+)
 from isogrid.layers.kernels import KERNELS
 from isogrid.layers.layer import static_grid
 from isogrid.layers.pooling import pooling_of
@@ -141,6 +149,27 @@ class QuantizedAveragePool(QuantizedSite):
 
     def to_integer(self) -> nn.Module:
         return IntegerAveragePool(*self.integer_grids(), self.kernels)
+
+
+class QuantizedActivation(QuantizedSite):
+    """An elementwise function: a table in the forward pass, its own derivative backward."""
+
+    def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
+        operands = self.operands(args[:1])
+        x = self.quantized(args[0], operands[0])
+        if draws(function, args[1:], kwargs):
+            y: Tensor = function(x, *args[1:], **{name: value for name, value in kwargs.items() if name != "inplace"})
+            return y if self.output_quantizer is None else self.output_quantizer(y)
+        call = applied(function, args[1:], kwargs)
+
+        def exact_codes(*output: Any) -> Tensor:
+            codes, *grid = stored(x, operands[0])
+            return look_up(codes, KERNELS[self.kernels].table(call, *grid, *output))
+
+        return self.finish(call(x), operands, exact_codes)
+
+    def to_integer(self) -> nn.Module:
+        return IntegerActivation(*self.integer_grids(), self.kernels)
 
 
 class QuantizedConcat(QuantizedSite):

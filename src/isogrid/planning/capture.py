@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from isogrid.errors import CaptureError
+from isogrid.layers import activations
 from isogrid.layers.clamp import CLAMPS, Clamp, clamp_of
 from isogrid.layers.scope import OPERATION_KINDS, is_container, site_name, tensors_first
 from isogrid.planning.classify import (
@@ -160,6 +161,9 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         what = self._classify(func, args, kwargs, outputs)
+        if what.kind == "activation":  # the parameter of PReLU is no operand
+            operand = tensors_first(what.kind, args, kwargs)[0][0]
+            inputs = tuple(number for x, number in zip(before, inputs, strict=True) if x is operand)[:1]
         # A function may return its argument as it is: Tensor.to, Tensor.contiguous.
         unchanged = all(any(o is x for x in before) and self._is_current(o) for o in outputs)
         if outputs and inputs and not (unchanged and what.kind in ("float", "pass")):
@@ -185,7 +189,7 @@ class _Recorder(TorchFunctionMode):
             return _What("clamp", name, clamp=clamp) if clamp else _What("float", name, reason or "bounds are tensors")
         if not reason and is_container(scope.module):
             reason = f"in the forward of a {type(scope.module).__name__}, whose children are its layers"
-        kind = "average_pool" if kind == "mean" else kind
+        kind = "average_pool" if kind == "mean" else "activation" if func in activations.NAMES else kind
         return _What("float" if reason else kind, name, reason)
 
     def _scope(self) -> _Entry:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from isogrid.errors import PlanError
+from isogrid.layers import activations
 from isogrid.layers.pooling import averages_space, pooling_of
 from isogrid.layers.scope import is_container
 from isogrid.layers.weights import computes_weight, weight_of
@@ -26,6 +27,30 @@ MODULE_KINDS: dict[type[nn.Module], str] = {
     nn.BatchNorm3d: "batch_norm",
 }
 """Modules that are one call."""
+
+ACTIVATIONS = (
+    nn.CELU,
+    nn.ELU,
+    nn.GELU,
+    nn.Hardshrink,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.LeakyReLU,
+    nn.LogSigmoid,
+    nn.Mish,
+    nn.PReLU,
+    nn.RReLU,
+    nn.SELU,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.Softshrink,
+    nn.Softsign,
+    nn.Tanh,
+    nn.Tanhshrink,
+    nn.Threshold,
+)
+"""Modules that call one of `isogrid.layers.activations.ACTIVATIONS`."""
 
 MOVING_FUNCTIONS = frozenset(
     {
@@ -68,19 +93,22 @@ MOVING_FUNCTIONS = frozenset(
 
 
 def is_wrapper(module: nn.Module) -> bool:
-    """Whether a module of torch.nn merely calls one function: no children, no parameters, nn.ReLU or nn.MaxPool2d."""
+    """Whether a module of torch.nn merely calls one function: nn.ReLU, nn.MaxPool2d.
+
+    It has no children, and no parameters but those that the function takes as they are, as nn.PReLU.
+    """
     return (
         _is_of_torch(module)
         and layer_type(module) is None
         and next(module.children(), None) is None
-        and next(module.parameters(), None) is None
+        and (type(module) is nn.PReLU or next(module.parameters(), None) is None)
     )
 
 
 def calls_site(module: nn.Module) -> bool:
     """Whether a module of torch.nn calls a function that can be a site."""
     pools = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-    return isinstance(module, (nn.ReLU, nn.Hardtanh, *pools)) and is_wrapper(module)
+    return isinstance(module, (nn.ReLU, nn.Hardtanh, *ACTIVATIONS, *pools)) and is_wrapper(module)
 
 
 def is_one_call(module: nn.Module) -> bool:
@@ -91,7 +119,7 @@ def is_one_call(module: nn.Module) -> bool:
     """
     if layer_type(module) is not None or is_subclass_of_layer(module):
         return True
-    return _is_of_torch(module) and next(module.parameters(recurse=False), None) is not None
+    return _is_of_torch(module) and not is_wrapper(module) and next(module.parameters(recurse=False), None) is not None
 
 
 def layer_type(module: nn.Module) -> type[nn.Module] | None:
@@ -172,6 +200,8 @@ def why_float(func: Any, kind: str, args: Sequence[Any], kwargs: Mapping[str, An
         return "mean over something else than all of space of [batch, channels, *space]"
     if kind in ("average_pool", "mean"):
         return _why_pooling_is_float(func, args, kwargs)
+    if func in activations.NAMES:
+        return _why_activation_is_float(func, args, kwargs)
     return ""
 
 
@@ -186,6 +216,16 @@ def why_module_is_float(module: nn.Module, output: Tensor) -> str:
         return "an embedding with max_norm or sparse gradients changes its table behind the quantiser's back"
     if kind_of(module) == "convolution" and output.dim() != weight_of(module).dim():
         return "a convolution of one example without a batch dimension"
+    return ""
+
+
+def _why_activation_is_float(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    try:
+        call = activations.applied(func, args[1:], kwargs)
+    except PlanError as error:
+        return str(error)
+    if call.slopes is not None and call.slopes.numel() > 1 and args[0].dim() < 2:
+        return "prelu of one example without a batch dimension"
     return ""
 
 

@@ -9,7 +9,7 @@ from isogrid.layers.clamp import Clamp
 LAYER_KINDS = frozenset({"linear", "convolution", "embedding"})
 """Calls of modules that have a weight to quantise."""
 
-COMPUTING_KINDS = frozenset({"linear", "convolution", "add", "average_pool"})
+COMPUTING_KINDS = frozenset({"linear", "convolution", "add", "average_pool", "activation"})
 """Calls that compute with quantised inputs in integer arithmetic."""
 
 
@@ -19,8 +19,9 @@ class Call:
 
     Attributes:
         name: the module's path, or the scope's path and the site's name: `layer1.0.add`.
-        kind: linear, convolution, embedding, batch_norm, add, concat, clamp (ReLU and its kin), average_pool, pass
-            (moves values without changing them), dropout, or float (anything else).
+        kind: linear, convolution, embedding, batch_norm, add, concat, clamp (ReLU and its kin), activation (another
+            function of each value), average_pool, pass (moves values without changing them), dropout, or float
+            (anything else).
         type: the class or function, for people.
         scope: path of the module whose forward made the call.
         inputs, outputs: values, as numbers.

@@ -18,6 +18,7 @@ from isogrid.planning.graph import COMPUTING_KINDS, LAYER_KINDS, Call, Graph
 from isogrid.planning.grids import Grids
 from isogrid.planning.plan import InputSpec, LayerPlan, OperationPlan, Plan, Site
 from isogrid.planning.rules import Rule, Scheme, unmatched_rule_error
+from isogrid.planning.tables import idle_tables
 from isogrid.planning.target import Target
 from isogrid.quantizers.estimators import estimator_from_name
 
@@ -111,6 +112,8 @@ class Placement:
     def _static_plan(self) -> Plan:
         chains = find_chains(self.model, self.graph, self.choices)
         concats = [name for name in self.choices if self.graph.calls_of(name)[0].kind == "concat"]
+        if idle := idle_tables(self.graph, chains, concats):
+            chains = find_chains(self.model, self.graph, self.choices.keys() - idle)
         grids = Grids(self.graph, chains, concats)
         layers: list[LayerPlan] = []
         operations: list[OperationPlan] = []
@@ -271,6 +274,8 @@ class Placement:
             return f"{call.type} has no integer arithmetic here"
         if self.scheme.arithmetic != "static":
             return "" if call.kind == "clamp" else f"scheme {self.scheme.name} quantises weights only"
+        if call.kind == "activation":
+            return f"{call.type} of what is float before or behind it anyway, which a table would only round"
         return f"{call.type} with no quantised neighbour to join"
 
     def _weight(self, path: str) -> Tensor:

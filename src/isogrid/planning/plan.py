@@ -75,7 +75,9 @@ class OperationPlan:
     """What becomes of one operation in a module's forward.
 
     Attributes:
-        scope: path of the module; site: name of the call within its forward; kind: add, concat or average_pool.
+        scope: path of the module.
+        site: name of the call within its forward.
+        kind: add, concat, average_pool or activation.
         inputs, output, clamp: as for a layer.
     """
 

@@ -22,7 +22,13 @@ from isogrid.layers.embedding import QuantizedEmbedding
 from isogrid.layers.layer import QuantizedLayer, link, replacement
 from isogrid.layers.linear import QuantizedLinear
 from isogrid.layers.scope import OperationScope, check_scope, open_scope
-from isogrid.layers.sites import QuantizedAdd, QuantizedAveragePool, QuantizedConcat, QuantizedSite
+from isogrid.layers.sites import (
+    QuantizedActivation,
+    QuantizedAdd,
+    QuantizedAveragePool,
+    QuantizedConcat,
+    QuantizedSite,
+)
 from isogrid.layers.weights import refresh_weight, weight_of
 from isogrid.planning.classify import kind_of, layer_type
 from isogrid.planning.plan import LayerPlan, OperationPlan, Plan, Site
@@ -46,6 +52,7 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 OPERATIONS: dict[str, type[QuantizedSite]] = {
+    "activation": QuantizedActivation,
     "add": QuantizedAdd,
     "average_pool": QuantizedAveragePool,
     "concat": QuantizedConcat,

@@ -2,8 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +11,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 from onnxscript import optimizer
+
+from isogrid.targets.onnx_activations import write_tables
+from isogrid.targets.onnx_nodes import initializer, input_of, insert, producer_of, unique, values_of
 
 # Weight codes are stored in the smallest of these that holds them, each with the first opset that has it.
 SUB_BYTE_TYPES = ((ir.DataType.INT2, ml_dtypes.int2, -2, 1, 25), (ir.DataType.INT4, ml_dtypes.int4, -8, 7, 21))
@@ -33,6 +35,7 @@ def finish(model: ir.Model) -> onnx.ModelProto:
     - A QuantizeLinear that undoes the DequantizeLinear before it is removed, as is all that is computed twice.
     - Weight codes of four bits or fewer are stored as INT4 or INT2, and cast to INT8 where they are used: ONNX Runtime
       folds the cast when it loads the model and then uses its 8-bit kernels. INT2 needs opset 25.
+    - Elementwise functions of codes become tables.
     - What was float between two quantised tensors stays float: a Min with infinity keeps ONNX Runtime from replacing it
       by an integer kernel, whose codes differ here and there.
     - Nothing is stored that a reader can infer.
@@ -42,6 +45,7 @@ def finish(model: ir.Model) -> onnx.ModelProto:
     """
     _name_codes(model.graph)
     _remove_round_trips(model.graph)
+    write_tables(model)
     optimizer.optimize(model)
     common.IdentityEliminationPass()(model)
     _make_scalars(model.graph)
@@ -56,17 +60,17 @@ def finish(model: ir.Model) -> onnx.ModelProto:
 
 
 def _name_codes(graph: ir.Graph) -> None:
-    taken = {value.name for value in _values(graph)}
+    taken = {value.name for value in values_of(graph)}
     for node in graph:
         if node.op_type != "QuantizeLinear":
             continue
         codes = node.outputs[0]
         clip = codes.consumers()[0] if len(codes.consumers()) == 1 else None
         completed = clip.outputs[0] if clip is not None and clip.op_type == "Clip" else codes
-        site = re.fullmatch(r"(.+)[._]scale", _input(node, 1).name or "")
+        site = re.fullmatch(r"(.+)[._]scale", input_of(node, 1).name or "")
         if site is None or completed.is_graph_output():
             continue
-        completed.name = _unique(site[1], taken)
+        completed.name = unique(site[1], taken)
         if completed is not codes:
             codes.name = f"{completed.name}_unclipped"
 
@@ -78,12 +82,12 @@ def _remove_round_trips(graph: ir.Graph) -> None:
         if before is None or node.outputs[0].is_graph_output():
             continue
         same = (before.op_type, node.op_type) == ("DequantizeLinear", "QuantizeLinear") and all(
-            _same_constant(_input(before, i), _input(node, i)) for i in (1, 2)
+            _same_constant(input_of(before, i), input_of(node, i)) for i in (1, 2)
         )
         if same:
-            node.outputs[0].replace_all_uses_with(_input(before, 0))
+            node.outputs[0].replace_all_uses_with(input_of(before, 0))
         elif (before.op_type, node.op_type) == ("Clip", "Clip") and all(
-            _same_constant(_input(before, i), _input(node, i)) for i in (1, 2)
+            _same_constant(input_of(before, i), input_of(node, i)) for i in (1, 2)
         ):
             node.outputs[0].replace_all_uses_with(before.outputs[0])
 
@@ -122,7 +126,7 @@ def _pack(weight: ir.Value, codes: NDArray[np.int8], model: ir.Model) -> bool:
             continue
         weight.const_value = ir.tensor(codes.astype(stored), name=weight.name)
         weight.dtype = dtype
-        cast = _insert(model.graph, model.graph[0], "Cast", [weight], {"to": ir.DataType.INT8}, f"{weight.name}_int8")
+        cast = insert(model.graph, model.graph[0], "Cast", [weight], {"to": ir.DataType.INT8}, f"{weight.name}_int8")
         for user, index in weight.uses():
             if user is not cast.producer():
                 user.replace_input_with(index, cast)
@@ -137,48 +141,30 @@ def _copies(dequantize: ir.Node, weight: ir.Value, sizes: tuple[int, ...], graph
     already. It folds the Reshape when it loads the model, before that; copies of the same weight it would merge again,
     so that each is a copy of the last.
     """
-    values, scale, name = dequantize.outputs[0], _input(dequantize, 1), weight.name
+    values, scale, name = dequantize.outputs[0], input_of(dequantize, 1), weight.name
     others = values.consumers()[1:]
     shape = ir.tensor(np.array(sizes, dtype=np.int64), name=f"{name}_shape")
-    shape_value = _initializer(shape, graph) if others else None
+    shape_value = initializer(shape, graph) if others else None
     copies = []
     for number, consumer in enumerate(others, 2):
-        weight = _insert(graph, dequantize, "Reshape", [weight, shape_value], {}, f"{name}_{number}")
+        weight = insert(graph, dequantize, "Reshape", [weight, shape_value], {}, f"{name}_{number}")
         attributes = dict(dequantize.attributes)
-        copy = _insert(graph, dequantize, "DequantizeLinear", [weight, scale], attributes, f"{name}_{number}_values")
+        copy = insert(graph, dequantize, "DequantizeLinear", [weight, scale], attributes, f"{name}_{number}_values")
         for index, value in enumerate(consumer.inputs):
             if value is values:
                 consumer.replace_input_with(index, copy)
-        copies.append(_producer(copy))
+        copies.append(producer_of(copy))
     return copies
 
 
 def _give_zero_point(dequantize: ir.Node, graph: ir.Graph) -> None:
     """ONNX Runtime fuses a Gemm only if its weight has a zero point, and one of its own at that."""
-    zeros = np.zeros_like(_input(dequantize, 1).const_value, dtype=np.int8)
-    zero_point = _initializer(ir.tensor(zeros, name=f"{_input(dequantize, 0).name}_zero_point"), graph)
+    zeros = np.zeros_like(input_of(dequantize, 1).const_value, dtype=np.int8)
+    zero_point = initializer(ir.tensor(zeros, name=f"{input_of(dequantize, 0).name}_zero_point"), graph)
     dequantize.resize_inputs(3)
     dequantize.replace_input_with(2, zero_point)
 
 
-def _initializer(tensor: ir.TensorProtocol, graph: ir.Graph) -> ir.Value:
-    value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
-def _insert(
-    graph: ir.Graph,
-    before: ir.Node,
-    op_type: str,
-    inputs: Sequence[ir.Value | None],
-    attributes: dict[str, Any],
-    name: str,
-) -> ir.Value:
-    node = ir.node(op_type, inputs, attributes=attributes)
-    node.outputs[0].name = name
-    graph.insert_before(before, node)
-    return node.outputs[0]
 
 
 def _keep_float(graph: ir.Graph) -> None:
@@ -189,7 +175,7 @@ def _keep_float(graph: ir.Graph) -> None:
             if any(other.metadata_props.get(ORIGIN) != node.metadata_props.get(ORIGIN) for other in _rewritten_with(y)):
                 _shield(y, graph)
         elif node.op_type == "MatMul" and all(_is_dequantized(value) for value in node.inputs):
-            _shield(_input(node, 0), graph)
+            _shield(input_of(node, 0), graph)
 
 
 def _rewritten_with(value: ir.Value) -> Iterator[ir.Node]:
@@ -209,11 +195,11 @@ def _is_dequantized(value: ir.Value | None) -> bool:
 
 
 def _shield(value: ir.Value, graph: ir.Graph) -> None:
-    infinity = _initializer(ir.tensor(np.array(np.inf, dtype=np.float32), name=f"{value.name}_bound"), graph)
+    infinity = initializer(ir.tensor(np.array(np.inf, dtype=np.float32), name=f"{value.name}_bound"), graph)
     users = list(value.uses())
     shield = ir.node("Min", [value, infinity])
     shield.outputs[0].name = f"{value.name}_float"
-    graph.insert_after(_producer(value), shield)
+    graph.insert_after(producer_of(value), shield)
     for user, index in users:
         user.replace_input_with(index, shield.outputs[0])
 
@@ -222,10 +208,10 @@ def _strip(model: ir.Model) -> None:
     taken: set[str | None] = set()
     for node in model.graph:
         name = _node_name(node)
-        node.name = _unique(name, taken) if name else None
+        node.name = unique(name, taken) if name else None
         for name in _defaults(node, model.opset_imports):
             del node.attributes[name]
-    for value in _values(model.graph):
+    for value in values_of(model.graph):
         value.metadata_props.clear()
     common.ClearMetadataAndDocStringPass()(model)
 
@@ -245,33 +231,8 @@ def _defaults(node: ir.Node, opsets: Mapping[str, int]) -> list[str]:
     return [name for name, attribute in node.attributes.items() if ir.to_proto(attribute) == known[name].default_value]
 
 
-def _unique(name: str, taken: set[str | None]) -> str:
-    """The name, with a number behind it if a module is called more than once."""
-    candidate, count = name, 1
-    while candidate in taken:
-        count += 1
-        candidate = f"{name}_{count}"
-    taken.add(candidate)
-    return candidate
 
 
-def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    yield from graph.inputs
-    yield from graph.initializers.values()
-    for node in graph:
-        yield from node.outputs
-
-
-def _input(node: ir.Node, index: int) -> ir.Value:
-    value = node.inputs[index]
-    assert value is not None
-    return value
-
-
-def _producer(value: ir.Value) -> ir.Node:
-    node = value.producer()
-    assert node is not None
-    return node
 
 
 def _same_constant(a: ir.Value, b: ir.Value) -> bool:

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 
 from isogrid.errors import TargetError
+from isogrid.targets.onnx_activations import LOOK_UP
 
 STATIC_OPTIONS = {"session.x64quantprecision": "1"}
 """For integer kernels: without it, x86 without VNNI adds pairs of products in int16, which overflows."""
@@ -91,14 +92,22 @@ def optimized_graph(path: str | Path, options: Mapping[str, str]) -> onnx.ModelP
 
 
 def quantized_tensors(model: onnx.ModelProto) -> list[str]:
-    """Names of the tensors of codes that depend on the input: what QuantizeLinear makes, clipped if it is."""
+    """Names of the tensors of codes that depend on the input.
+
+    They are what QuantizeLinear makes, clipped if it is, and what is looked up in tables, as the Reshape leaves it.
+    """
     constant = {tensor.name for tensor in model.graph.initializer}
     consumers: dict[str, list[onnx.NodeProto]] = {}
     quantized: list[str] = []
+    looked_up: set[str] = set()
     for node in model.graph.node:
         if node.op_type == "Constant" or (node.input and all(name in constant for name in node.input if name)):
             constant.update(node.output)
         elif node.op_type == "QuantizeLinear":
+            quantized.append(node.output[0])
+        elif node.op_type == LOOK_UP:
+            looked_up.add(node.output[0])
+        elif looked_up.intersection(node.input):
             quantized.append(node.output[0])
         for name in node.input:
             consumers.setdefault(name, []).append(node)

@@ -12,6 +12,8 @@ import torch
 from onnx.defs import OpSchema
 from onnxscript import opset21, values
 
+from isogrid.targets.onnx_activations import ACTIVATION
+
 # A tensor of the graph under construction, and the operators that make one of others.
 Value = Any
 op: Any = opset21
@@ -148,6 +150,28 @@ def static_average_pool(
     return quantize(y, y_scale, y_zero_point, low, high)
 
 
+def static_activation(
+    x: Value,
+    x_scale: Value,
+    x_zero_point: Value,
+    slopes: Value | None,
+    y_scale: Value,
+    y_zero_point: Value,
+    function: str,
+    parameters: Sequence[float],
+    low: int,
+    high: int,
+    kernels: str,
+) -> Value:
+    """A node that `onnx_activations.write_tables` turns into a table; LeakyRelu, which is exact: QLinearLeakyRelu."""
+    if function == "leaky_relu":
+        y = op.LeakyRelu(dequantize(x, x_scale, x_zero_point), alpha=parameters[0])
+        return quantize(y, y_scale, y_zero_point, low, high)
+    inputs = [x, x_scale, x_zero_point, y_scale, y_zero_point, *([] if slopes is None else [slopes])]
+    settings = {"parameters": list(parameters)} if parameters else {}
+    return ACTIVATION(*inputs, function=function, low=low, high=high, kernels=kernels, **settings)
+
+
 def static_concatenate(
     parts: Sequence[Value],
     scales: Sequence[Value],
@@ -249,6 +273,7 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.isogrid.static_multiply.default: _elementwise(op.Mul),
     torch.ops.isogrid.static_global_average_pool.default: static_global_average_pool,
     torch.ops.isogrid.static_average_pool.default: static_average_pool,
+    torch.ops.isogrid.static_activation.default: static_activation,
     torch.ops.isogrid.static_concatenate.default: static_concatenate,
     torch.ops.isogrid.matmul_nbits.default: matmul_nbits,
 }

@@ -24,7 +24,7 @@ from isogrid.targets.onnx_export import to_onnx
 from isogrid.targets.onnx_runtime_session import STATIC_OPTIONS, WEIGHT_ONLY_OPTIONS
 from isogrid.targets.onnxruntime_model import OnnxRuntimeModel
 
-STATIC_KINDS = ("linear", "convolution", "add", "concat", "average_pool")
+STATIC_KINDS = ("linear", "convolution", "add", "concat", "average_pool", "activation")
 SESSION_OPTIONS = {**STATIC_OPTIONS, **WEIGHT_ONLY_OPTIONS}
 """Without these ONNX Runtime may compute something else than was trained."""
 

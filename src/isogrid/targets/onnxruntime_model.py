@@ -16,6 +16,7 @@ from torch import Tensor
 from isogrid.errors import TargetError
 from isogrid.layers.nbits import quantizes_input
 from isogrid.targets.artifact import Artifact
+from isogrid.targets.onnx_activations import LOOK_UP
 from isogrid.targets.onnx_runtime_session import (
     FLOAT_OPERATORS,
     INTEGER_OPERATORS,
@@ -166,7 +167,7 @@ def _operator(node: onnx.NodeProto, name: str) -> RuntimeOperator:
         level = settings.get("accuracy_level", 0)
         integer = quantizes_input(settings["bits"], settings["block_size"], level)
         return RuntimeOperator(name, f"{node.op_type} (level {level})", "integer" if integer else "float")
-    integer = node.op_type in INTEGER_OPERATORS or node.op_type.startswith("QLinear")
+    integer = node.op_type in INTEGER_OPERATORS | {LOOK_UP} or node.op_type.startswith("QLinear")
     return RuntimeOperator(name, node.op_type, "integer" if integer else "float")
 
 

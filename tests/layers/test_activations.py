@@ -1,0 +1,262 @@
+"""Elementwise functions as tables of codes: closed forms, ONNX Runtime and autograd say what they must be."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from math import erf, exp, expm1, log1p, sqrt, tanh
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import isogrid as ig
+from isogrid.errors import PlanError
+from isogrid.layers.activations import ACTIVATIONS, Applied, applied, look_up, lookup_table
+from isogrid.targets.onnx_export import to_onnx
+from isogrid.targets.onnx_runtime_session import STATIC_OPTIONS, open_session, optimized_graph
+from tests.models import assert_equal, prepared
+from tests.planning.test_capture import Lambda
+
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
+HALF, FIFTH = float(np.float32(0.5)), float(np.float32(0.2))
+
+CLOSED_FORMS: dict[str, tuple[tuple[float, ...], Callable[[float], float]]] = {
+    "abs": ((), abs),
+    "celu": ((FIFTH,), lambda x: x if x > 0 else FIFTH * expm1(x / FIFTH)),
+    "cos": ((), np.cos),
+    "elu": ((FIFTH,), lambda x: x if x > 0 else FIFTH * expm1(x)),
+    "erf": ((), erf),
+    "exp": ((), exp),
+    "gelu": ((), lambda x: x * (1 + erf(x / sqrt(2))) / 2),
+    "gelu_tanh": ((), lambda x: x * (1 + tanh(sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2),
+    "hardshrink": ((HALF,), lambda x: x if abs(x) > HALF else 0.0),
+    "hardsigmoid": ((), lambda x: min(max(x + 3, 0), 6) / 6),
+    "hardswish": ((), lambda x: x * min(max(x + 3, 0), 6) / 6),
+    "leaky_relu": ((FIFTH,), lambda x: x if x > 0 else x * FIFTH),
+    "logsigmoid": ((), lambda x: -log1p(exp(-x)) if x > 0 else x - log1p(exp(x))),
+    "mish": ((), lambda x: x * tanh(log1p(exp(x)))),
+    "neg": ((), lambda x: -x),
+    "rrelu": ((FIFTH, HALF), lambda x: x if x > 0 else x * (FIFTH + HALF) / 2),
+    "selu": ((), lambda x: SELU_SCALE * (x if x > 0 else SELU_ALPHA * expm1(x))),
+    "sigmoid": ((), lambda x: 1 / (1 + exp(-x))),
+    "silu": ((), lambda x: x / (1 + exp(-x))),
+    "sin": ((), np.sin),
+    "softplus": ((2.0, 20.0), lambda x: log1p(exp(2 * x)) / 2 if 2 * x < 20 else x),
+    "softshrink": ((HALF,), lambda x: x - HALF if x > HALF else x + HALF if x < -HALF else 0.0),
+    "softsign": ((), lambda x: x / (1 + abs(x))),
+    "square": ((), lambda x: x * x),
+    "tanh": ((), tanh),
+    "tanhshrink": ((), lambda x: x - tanh(x)),
+    "threshold": ((HALF, FIFTH), lambda x: x if x > HALF else FIFTH),
+}
+SLOPES = torch.tensor([0.25, -0.5, 1.5])
+
+
+def grid(scale: float, zero_point: int, dtype: torch.dtype = torch.uint8) -> tuple[Tensor, Tensor]:
+    return torch.tensor([scale]), torch.tensor([zero_point], dtype=dtype)
+
+
+def grid_for(y: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = min(0.0, float(y.min())), max(0.0, float(y.max()))
+    scale = (high - low) / 255 or 1.0
+    return grid(scale, round(-low / scale))
+
+
+@pytest.mark.parametrize("name", CLOSED_FORMS)
+def test_a_table_holds_the_codes_of_the_closed_form(name: str) -> None:
+    parameters, function = CLOSED_FORMS[name]
+    for scale, zero_point in ((0.031, 113), (0.0173, 0), (0.047, 255)):
+        x = (np.arange(256) - zero_point).astype(np.float32) * np.float32(scale)
+        y = np.array([function(float(value)) for value in x]).astype(np.float32)
+        y_scale, y_zero_point = grid_for(torch.from_numpy(y))
+        codes = np.clip(np.rint(y / y_scale.numpy()) + int(y_zero_point), 3, 251)
+        table = lookup_table(Applied(name, parameters), *grid(scale, zero_point), y_scale, y_zero_point, 3, 251)
+        assert_equal(table, torch.from_numpy(codes).to(torch.uint8))
+
+
+def test_every_function_has_a_closed_form() -> None:
+    assert ACTIVATIONS.keys() == CLOSED_FORMS.keys() | {"prelu"}
+
+
+def test_signed_codes_and_slopes_by_channel() -> None:
+    unsigned, signed = grid(0.03, 100), grid(0.03, -28, torch.int8)
+    codes = torch.arange(256).to(torch.uint8).repeat(2, 3, 1)
+    prelu = Applied("prelu", (), SLOPES)
+    want = look_up(codes, lookup_table(prelu, *unsigned, *grid(0.02, 40), 0, 255))
+    values = torch.where(codes > 100, 1.0, SLOPES[:, None]) * ((codes.float() - 100) * 0.03)
+    assert_equal(want, torch.ops.isogrid.quantize(values, *grid(0.02, 40), 0, 255))
+    shifted = (codes.to(torch.int16) - 128).to(torch.int8)
+    found = look_up(shifted, lookup_table(prelu, *signed, *grid(0.02, -88, torch.int8), -128, 127))
+    assert_equal(found.to(torch.int16) + 128, want.to(torch.int16))
+
+
+class Everything(nn.Module):
+    """Every function on one grid, and what integer sites make of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x_scale, self.x_zero_point = map(nn.Buffer, grid(0.037, 113))
+        self.functions = [Applied(name, parameters) for name, (parameters, _) in CLOSED_FORMS.items()]
+        self.functions += [Applied("prelu"), Applied("prelu")]
+        self.slopes = nn.ParameterList([SLOPES[:1], SLOPES])
+        x = (torch.arange(256) - 113) * 0.037
+        for number, function in enumerate(self.functions):
+            y = torch.cat([x, x * -0.5]) if function.name == "prelu" else function(x)
+            scale, zero_point = grid_for(y)
+            self.register_buffer(f"y{number}_scale", scale)
+            self.register_buffer(f"y{number}_zero_point", zero_point)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        codes = torch.ops.isogrid.quantize(x, self.x_scale, self.x_zero_point, 0, 255)
+        slopes = [None] * len(CLOSED_FORMS) + list(self.slopes)
+        values = []
+        for number, (function, own) in enumerate(zip(self.functions, slopes, strict=True)):
+            y = getattr(self, f"y{number}_scale"), getattr(self, f"y{number}_zero_point")
+            ending = (function.name, function.parameters, 2, 255, "onnxruntime")
+            operands = (codes, self.x_scale, self.x_zero_point, own, *y)
+            found = torch.ops.isogrid.static_activation(*operands, *ending)
+            values.append(torch.ops.isogrid.dequantize(found, *y))
+        return values
+
+
+def test_onnx_runtime_computes_every_function_on_every_code(tmp_path: Path) -> None:
+    module = Everything().eval()
+    x = ((torch.arange(256) - 113) * 0.037).repeat(2, 3, 1)
+    path = tmp_path / "model.onnx"
+    onnx.save(to_onnx(module, (x,)), path)
+    session = open_session(path, STATIC_OPTIONS, threads=1)
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    for function, ours, theirs in zip(module.functions, module(x), found, strict=True):
+        assert torch.equal(torch.from_numpy(theirs), ours), function.name
+    kept = {node.op_type for node in optimized_graph(path, STATIC_OPTIONS).graph.node}
+    moving = {"Cast", "Add", "Reshape", "Shape", "Gather", "Unsqueeze", "Concat", "Clip"}
+    assert kept - moving == {"QuantizeLinear", "DequantizeLinear", "GatherElements", "QLinearLeakyRelu"}
+
+
+@pytest.mark.parametrize("slope", [0.01, 0.2, 1 / 3])
+def test_leaky_relu_of_onnx_runtime_is_the_table(slope: float) -> None:
+    from tests.layers.runtime import Graph
+
+    torch.manual_seed(0)
+    codes = torch.arange(256).to(torch.uint8)
+    for _ in range(20):
+        x = grid(float(torch.rand(1)) + 1e-3, int(torch.randint(256, (1,))))
+        y = grid(float(x[0]) * float(torch.rand(1) + 0.5), int(torch.randint(256, (1,))))
+        function = applied(F.leaky_relu, (slope,), {})
+        graph = Graph()
+        value = graph.node("LeakyRelu", [graph.dequantized(graph.input(codes), *x)], alpha=slope)
+        found = graph.run(graph.quantized(value, *y), torch.uint8, expect="QLinearLeakyRelu")
+        assert_equal(found, lookup_table(function, *x, *y, 0, 255))
+
+
+MODULES = [
+    nn.CELU(0.5), nn.ELU(inplace=True), nn.GELU(), nn.GELU("tanh"), nn.Hardshrink(), nn.Hardsigmoid(inplace=True),
+    nn.Hardswish(inplace=True), nn.LeakyReLU(0.2, True), nn.LogSigmoid(), nn.Mish(), nn.PReLU(), nn.PReLU(6),
+    nn.RReLU(), nn.SELU(), nn.SiLU(), nn.Sigmoid(), nn.Softplus(), nn.Softshrink(), nn.Softsign(), nn.Tanh(),
+    nn.Tanhshrink(), nn.Threshold(0.1, 0.2),
+]  # fmt: skip
+
+
+def test_training_evaluation_and_conversion_agree() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 6)
+    pairs = [module for activation in MODULES for module in (nn.Linear(6, 6), activation)]
+    model = prepared(nn.Sequential(*pairs, nn.Linear(6, 2)), (x,))
+    y = model.eval()(x)
+    assert_equal(ig.convert(model)(x), y.detach())
+    for linear, activation in zip(model[0::2], model[1::2], strict=False):
+        (site,) = cast(Any, activation).operations.sites.values()
+        x = linear(x).detach()
+        exact = deepcopy(activation).double()(x.double()).float()
+        value = activation(x)
+        assert_equal(value, site.output_quantizer(exact))
+        if not isinstance(activation, nn.RReLU):
+            assert_equal(activation.train()(x), value)
+        x = value
+
+
+def test_the_gradient_is_that_of_the_function() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 5)
+    model = prepared(nn.Sequential(nn.Linear(5, 6), nn.PReLU(6), nn.SiLU(), nn.Linear(6, 2)), (x,))
+    site: Any = model[2].operations.sites["silu"]
+    inside = model[1](model[0](x)).detach().requires_grad_()
+    twin = inside.detach().clone().requires_grad_()
+    weights = torch.randn(64, 6)
+    (model[2](inside) * weights).sum().backward()
+    value = F.silu(twin)
+    grid = site.output_quantizer
+    assert ((value / grid.scale + grid.zero_point > 0) & (value / grid.scale + grid.zero_point < 255)).all()
+    (value * weights).sum().backward()
+    assert_equal(inside.grad, twin.grad)
+    model(x).sum().backward()
+    assert model[1].weight.grad.abs().min() > 0
+
+
+def test_random_slopes_are_drawn_in_training_and_rounded() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 5)
+    model = prepared(nn.Sequential(nn.Linear(5, 6), nn.RReLU(0.1, 0.9), nn.Linear(6, 2)), (x,))
+    site: Any = model[1].operations.sites["rrelu"]
+    inside = model[0](x)
+    drawn = [model.train()[1](inside) for _ in range(2)]
+    assert not torch.equal(*drawn)
+    for y in drawn:
+        assert_equal(y, site.output_quantizer(y))
+
+
+def test_what_is_not_a_number_stays_visible() -> None:
+    x = torch.randn(8, 5)
+    model = prepared(nn.Sequential(nn.Linear(5, 6), nn.Sigmoid(), nn.Linear(6, 2)), (x,))
+    broken = x.clone()
+    broken[3, 1] = torch.nan
+    for y in (model.train()(broken), model.eval()(broken)):
+        assert_equal(y.isnan().any(1), torch.arange(8) == 3)
+
+
+def test_a_table_needs_integers_on_both_sides() -> None:
+    def reasons(model: nn.Module) -> tuple[dict[str, str], list[str]]:
+        plan = ig.plan(model, example_inputs=(torch.randn(3, 4),))
+        return dict(plan.floats), [operation.site for operation in plan.operations]
+
+    between = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.GELU(), nn.Linear(4, 4))
+    assert reasons(between) == ({}, ["tanh", "gelu"])
+    behind = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.GELU())
+    float_, sites = reasons(behind)
+    assert list(float_) == ["1.tanh", "2.gelu"] and not sites and "would only round" in float_["1.tanh"]
+    before = nn.Sequential(nn.Tanh(), nn.LayerNorm(4), nn.SiLU(), nn.Linear(4, 4))
+    assert list(reasons(before)[0]) == ["0.tanh", "1", "2.silu"]
+    # Behind a sum that nothing else reads, and twice by one name.
+    shared = nn.GELU()
+    twice = nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 4), shared, nn.Linear(4, 4))
+    assert reasons(twice)[1] == ["gelu"]
+    half = nn.Sequential(nn.Linear(4, 4), shared, nn.LayerNorm(4), shared, nn.Linear(4, 4))
+    assert reasons(half)[1] == []
+
+
+def test_calls_by_all_their_names_and_in_place() -> None:
+    def forward(module: Any, x: Tensor) -> Tensor:
+        y = module.a(x)
+        z = y
+        y.sigmoid_()
+        y = torch.tanh(input=module.b(z) + x)
+        y = -module.b(y)
+        return module.a(F.leaky_relu(F.elu(module.b(y), 0.5, True), 0.1, True).exp())
+
+    torch.manual_seed(0)
+    x = torch.randn(9, 4)
+    model = prepared(Lambda(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4)), (x,))
+    assert {"sigmoid", "tanh", "neg", "elu", "leaky_relu", "exp"} <= model.operations.sites.keys()
+    assert_equal(ig.convert(model)(x), model.eval()(x).detach())
+    model.train()(x).sum().backward()
+
+
+def test_a_parameter_that_is_no_number_keeps_a_function_float() -> None:
+    with pytest.raises(PlanError, match="elu whose alpha is a Tensor"):
+        applied(F.elu, (torch.ones(1),), {})
+    model = Lambda(lambda m, x: m.b(F.threshold(m.a(x), x.shape[0], 0)), a=nn.Linear(3, 3), b=nn.Linear(3, 3))
+    assert [o.site for o in ig.plan(model, example_inputs=(torch.randn(2, 3),)).operations] == ["threshold"]

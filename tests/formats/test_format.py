@@ -295,7 +295,7 @@ def test_formats_are_data() -> None:
     first = Format(IntegerGrid(-8, 7), PerTensor(), FLOAT32, name="mine")
     assert first == Format(IntegerGrid(-8, 7), PerTensor(), FLOAT32) and hash(first) == hash(first)
     assert str(first) == "mine"
-    assert str(Format(IntegerGrid(0, 1))) == "IntegerGrid(low=0, high=1, midrise=False)/tensor"
+    assert str(Format(IntegerGrid(0, 1))) == "IntegerGrid(low=0, high=1, midrise=False, half_up=False)/tensor"
     assert Affine(torch.ones(2)).reshape((2, 1)).scale.shape == (2, 1)  # type: ignore[union-attr]
 
 

@@ -119,8 +119,8 @@ class IntegerGrid(Grid):
 
     @property
     def code_dtype(self) -> torch.dtype:
-        """The smallest integer dtype that holds all codes."""
-        for dtype in (torch.int8, torch.uint8, torch.int16, torch.int32):
+        """The smallest integer dtype that holds all codes, unsigned where none is negative."""
+        for dtype in (torch.uint8 if self.low >= 0 else torch.int8, torch.int16, torch.int32):
             limits = torch.iinfo(dtype)
             if limits.min <= self.low and self.high <= limits.max:
                 return dtype

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from isogrid.errors import CaptureError
 from isogrid.layers import activations
@@ -30,6 +30,7 @@ from isogrid.planning.classify import (
     why_module_is_float,
 )
 from isogrid.planning.graph import Call, Graph
+from isogrid.planning.stubs import stub_of
 
 
 def capture(model: nn.Module, example_inputs: Sequence[Any]) -> Graph:
@@ -211,14 +212,23 @@ class _Recorder(TorchFunctionMode):
             self._unit = module
             self._units.add(module)
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
         if not self._stack or self._stack[-1].module is not module:
-            return
+            return None
         self._stack.pop()
+        if self._unit is None and (stub := stub_of(module)) is not None:
+            with torch._C.DisableTorchFunction():
+                # A stub returns its argument; what comes after it must not be taken for what came before.
+                aliased = tree_map_only(Tensor, torch.ops.aten.alias.default, result)
+                inputs = tuple(self.value(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+                outputs = [leaf for leaf in tree_leaves(aliased) if isinstance(leaf, Tensor)]
+                self._record(_What("pass", None), stub, inputs, outputs, module)
+            return aliased
         if self._unit is module:
             self._unit = None
             with torch._C.DisableTorchFunction():
                 self._record_module(module, (args, kwargs), result)
+        return None
 
     def _record_module(self, module: nn.Module, arguments: Any, result: Any) -> None:
         inputs = tuple(self.value(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))

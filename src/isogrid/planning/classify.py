@@ -12,6 +12,7 @@ from isogrid.layers import activations
 from isogrid.layers.pooling import averages_space, pooling_of
 from isogrid.layers.scope import is_container
 from isogrid.layers.weights import computes_weight, weight_of
+from isogrid.planning.stubs import stub_of
 
 MODULE_KINDS: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -167,7 +168,7 @@ def has_own_forward(module: nn.Module) -> bool:
     """Whether a module's forward calls functions and other modules, so that it is a scope."""
     runs = type(module).forward is not nn.Module.forward and not is_sequential(module)
     is_call_of_torch = is_one_call(module) and (layer_type(module) is not None or _is_of_torch(module))
-    return runs and not is_wrapper(module) and not is_call_of_torch
+    return runs and not is_wrapper(module) and not is_call_of_torch and stub_of(module) is None
 
 
 def has_fast_path(module: nn.Module) -> bool:
@@ -212,8 +213,6 @@ def why_module_is_float(module: nn.Module, output: Tensor) -> str:
         return f"{type(module).__name__} extends {parent.__name__}, and its forward may do something else"
     if layer_type(module) is not None and "weight" in vars(module) and not computes_weight(module):
         return "its weight is a plain tensor, which some code of the model's own computes"
-    if kind_of(module) == "batch_norm" and getattr(module, "running_mean", None) is None:
-        return "without running statistics it normalises by each batch, which no runtime does in integers"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         return "an embedding with max_norm or sparse gradients changes its table behind the quantiser's back"
     if kind_of(module) == "convolution" and output.dim() != weight_of(module).dim():

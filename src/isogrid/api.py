@@ -16,7 +16,7 @@ from isogrid.planning.placement import Placement
 from isogrid.planning.plan import InputSpec
 from isogrid.planning.state import is_prepared, prepared_state
 from isogrid.targets import Artifact, LoadedModel, load_artifact, target_from_name
-from isogrid.training import Phase, Schedule, calibrate, parameter_groups, reestimate_batch_norm, restore, save
+from isogrid.training import Phase, Schedule, calibrate, parameter_groups, restore, save
 from isogrid.verification import VerificationReport, verify_artifact
 
 
@@ -34,7 +34,7 @@ def format(name: str) -> Format:
 
 def plan(
     model: nn.Module,
-    target: str = "onnxruntime",
+    target: str | None = None,
     scheme: str | Scheme | Sequence[Rule] = "w8a8",
     rules: Sequence[Rule] = (),
     *,
@@ -46,7 +46,7 @@ def plan(
 
     Args:
         model: float.
-        target: the runtime, by name.
+        target: the runtime, by name; the scheme's own if not given, which is ONNX Runtime for most.
         scheme: a scheme's name, or rules, which then stand before the default scheme `w8a8`.
         rules: exceptions from the scheme; the first that matches wins.
         example_inputs: arguments of the model's forward, as a tuple.
@@ -76,7 +76,7 @@ def plan(
     if not isinstance(scheme, str | Scheme):
         scheme, rules = "w8a8", (*rules, *scheme)
     chosen = scheme_from_name(scheme) if isinstance(scheme, str) else scheme
-    runtime = target_from_name(target)
+    runtime = target_from_name(chosen.target if target is None else target)
     chosen = runtime.scheme_for(chosen)
     graph = capture(model, example_inputs)
     inputs = tuple(InputSpec(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in example_inputs)
@@ -141,7 +141,6 @@ __all__ = [
     "parameter_groups",
     "plan",
     "prepare",
-    "reestimate_batch_norm",
     "restore",
     "save",
     "verify",

@@ -36,7 +36,7 @@ INPUTS = (torch.zeros(2, 32), torch.zeros(2, 32))
         ("w8a8", {"weight": "int8/group32"}, r"'first'.*float32 scale per channel or tensor, not int8/group32"),
         ("w8a8", {"weight": "uint4/channel"}, r"symmetric integer weights.*Use int8/channel"),
         ("w8a8", {"weight": "fp8_e4m3/tensor"}, r"symmetric integer weights.*not fp8_e4m3/tensor"),
-        ("w8a8", {"activation": "int8/tensor"}, r"take activations as uint8/tensor, not int8/tensor"),
+        ("w8a8", {"activation": "int8/tensor"}, r"take activations as uint8/tensor, or .* not int8/tensor"),
         ("w8a8", {"activation": "uint8/channel"}, r"take activations as uint8/tensor"),
         ("w4a16", {"weight": "int3/group32"}, r"2, 4, 8 bits in groups of .* not int3/group32. Use int4/group32"),
         ("w4a16", {"weight": "int4/group8"}, r"groups of 16, 32, 64, 128, 256"),

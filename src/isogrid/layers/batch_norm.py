@@ -1,6 +1,6 @@
 """Batch norm that the preceding layer applies itself."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ class AbsorbedBatchNorm(nn.Module):
     """
 
     statistics_are_frozen: bool = False
-    place: ClassVar[str] = "absorbed by the layer before"
 
     def forward(self, x: Tensor) -> Tensor:
         """x itself: the layer before has normalised it."""
@@ -37,7 +36,7 @@ class AbsorbedBatchNorm(nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.place}"
+        return f"{super().extra_repr()}, absorbed by the layer before"
 
 
 class AbsorbedBatchNorm1d(AbsorbedBatchNorm, nn.BatchNorm1d):

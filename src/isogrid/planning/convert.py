@@ -51,7 +51,7 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    if not hasattr(module, "to_integer"):
+    if isinstance(module, AbsorbedBatchNorm):
         return nn.Identity()
     prepared: Any = module
     twin: nn.Module = prepared.to_integer()

@@ -87,6 +87,7 @@ class Scheme:
         activation: format of activations, or None where they stay float.
         arithmetic: `static` (integers end to end), `weight_only` or `dynamic` (the runtime quantises activations).
         description: one line for people.
+        target: the runtime that is planned for where none is named.
     """
 
     name: str
@@ -94,7 +95,10 @@ class Scheme:
     activation: str | None
     arithmetic: Literal["static", "weight_only", "dynamic"]
     description: str
+    target: str = "onnxruntime"
 
+
+_SEVEN_BITS = "8-bit weights, activations of 7 bits (0..127), whose products no x86 CPU lets overflow"
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
@@ -108,6 +112,11 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("w2a16", "int2/group32", None, "weight_only", "2-bit weights, float arithmetic"),
         Scheme("w8a8-dynamic", "int8/group32", None, "dynamic", "8-bit weights, activations quantised as they come"),
         Scheme("w4a8-dynamic", "int4/group32", None, "dynamic", "4-bit weights, activations quantised as they come"),
+        # As the backends of torch.ao.quantization are called, with the formats of their default configurations.
+        Scheme("x86", "int8/channel", "uint7/tensor", "static", _SEVEN_BITS),
+        Scheme("fbgemm", "int8/channel", "uint7/tensor", "static", f"{_SEVEN_BITS}; the same as x86"),
+        Scheme("onednn", "int8/channel", "uint8/tensor", "static", "8-bit weights and activations; the same as w8a8"),
+        Scheme("qnnpack", "int8/tensor", "uint8/tensor", "static", "8 bits, one scale for a whole weight"),
     )
 }
 """The schemes by name."""

@@ -185,7 +185,7 @@ def _finish(recipe: Recipe, model: nn.Module, data: Data, folder: RunFolder, pro
         outcomes,
         folder.path,
         title=f"{recipe.model.name}, {recipe.scheme}",
-        subtitle=f"Trained on {recipe.data.name} for {recipe.target}; tested on {size(data.test)} examples.",
+        subtitle=f"Trained on {recipe.data.name} for {recipe.runtime}; tested on {size(data.test)} examples.",
     )
     return RunResult(tuple(outcome.row for outcome in outcomes), outcomes[-1].verification, folder.path)
 

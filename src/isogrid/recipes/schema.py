@@ -123,7 +123,7 @@ class Recipe(Part):
     >>> recipe = Recipe.model_validate(
     ...     {"model": "digits-cnn", "data": "digits", "scheme": "w4a8", "training": {"epochs": 1}}
     ... )
-    >>> recipe.target, recipe.model.name
+    >>> recipe.runtime, recipe.model.name
     ('onnxruntime', 'digits-cnn')
     """
 
@@ -131,13 +131,18 @@ class Recipe(Part):
     data: NamedSource = Field(description="A built-in name, or the `package.module:callable` that returns a Data.")
     checkpoint: str | None = Field(default=None, description="Float weights to start from, a .safetensors file.")
     float_training: Optimization | None = Field(default=None, description="Trains the float model first.")
-    target: str = "onnxruntime"
+    target: str | None = Field(default=None, description="The runtime; if not given, the scheme's own.")
     scheme: str = "w8a8"
     rules: list[RuleEntry] = Field(default_factory=list, description="First match wins; the scheme decides the rest.")
     calibration: Calibration = Field(default_factory=Calibration)
     schedule: ScheduleEntry = Field(default_factory=ScheduleEntry)
     training: Training = Field(description="How long: `epochs` or `steps`; the rest has defaults.")
     output: str | None = Field(default=None, description="Folder of the run; runs/<name of the recipe> if not given.")
+
+    @property
+    def runtime(self) -> str:
+        """The target's name."""
+        return scheme_from_name(self.scheme).target if self.target is None else self.target
 
     @field_validator("scheme")
     @classmethod

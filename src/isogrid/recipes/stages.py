@@ -89,7 +89,7 @@ def train_float(
 def plan_of(recipe: Recipe, model: nn.Module, data: Data) -> Plan:
     """The plan of a recipe's model."""
     rules = [rule.rule() for rule in recipe.rules]
-    return plan(model, recipe.target, recipe.scheme, rules, example_inputs=data.example_inputs)
+    return plan(model, recipe.runtime, recipe.scheme, rules, example_inputs=data.example_inputs)
 
 
 def prepared_model(recipe: Recipe, model: nn.Module, data: Data, accelerator: "Accelerator") -> nn.Module:

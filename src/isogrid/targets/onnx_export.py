@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from isogrid.targets.onnx_graph import finish
-from isogrid.targets.onnx_registry import registry_made_once
 from isogrid.targets.onnx_translation import TRANSLATIONS
 
 OPSET = 21
@@ -45,7 +44,7 @@ def to_onnx(
     shapes = pytree.tree_map(lambda x: {0: batch} if _has_batch(x) else None, example_inputs)
     if _takes_any_arguments(module):
         shapes = (shapes,)
-    with torch.no_grad(), _quiet(), registry_made_once():
+    with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             module,
             example_inputs,

@@ -68,10 +68,13 @@ class OnnxRuntime:
 
     @staticmethod
     def _check_activation(fmt: Format, call: Call) -> None:
-        fits = fmt.grid == IntegerGrid(0, 255) and isinstance(fmt.granularity, PerTensor) and _plain_scale(fmt)
+        grid = fmt.grid
+        unsigned = isinstance(grid, IntegerGrid) and grid == IntegerGrid(grid.low, grid.high) and grid.low == 0
+        fits = unsigned and grid.bits <= 8 and isinstance(fmt.granularity, PerTensor) and _plain_scale(fmt)
         if not fits or fmt.zero_point is None:
             raise TargetError(
-                f"{call.name!r}: ONNX Runtime's integer kernels take activations as uint8/tensor, not {fmt}."
+                f"{call.name!r}: ONNX Runtime's integer kernels take activations as uint8/tensor, or as fewer bits in "
+                f"such bytes (uint7/tensor), not {fmt}."
             )
 
     @staticmethod

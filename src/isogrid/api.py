@@ -16,7 +16,7 @@ from isogrid.planning.placement import Placement
 from isogrid.planning.plan import InputSpec
 from isogrid.planning.state import is_prepared, prepared_state
 from isogrid.targets import Artifact, LoadedModel, load_artifact, target_from_name
-from isogrid.training import Phase, Schedule, calibrate, parameter_groups, restore, save
+from isogrid.training import Phase, Schedule, calibrate, parameter_groups, reestimate_batch_norm, restore, save
 from isogrid.verification import VerificationReport, verify_artifact
 
 
@@ -141,6 +141,7 @@ __all__ = [
     "parameter_groups",
     "plan",
     "prepare",
+    "reestimate_batch_norm",
     "restore",
     "save",
     "verify",

@@ -1,6 +1,6 @@
 """Batch norm that the preceding layer applies itself."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ class AbsorbedBatchNorm(nn.Module):
     """
 
     statistics_are_frozen: bool = False
+    place: ClassVar[str] = "absorbed by the layer before"
 
     def forward(self, x: Tensor) -> Tensor:
         """x itself: the layer before has normalised it."""
@@ -36,7 +37,7 @@ class AbsorbedBatchNorm(nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, absorbed by the layer before"
+        return f"{super().extra_repr()}, {self.place}"
 
 
 class AbsorbedBatchNorm1d(AbsorbedBatchNorm, nn.BatchNorm1d):

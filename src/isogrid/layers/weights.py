@@ -10,6 +10,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -18,11 +19,15 @@ def weight_of(module: nn.Module) -> Tensor:
 
     Computed are weights that are parametrised (`torch.nn.utils.parametrizations`), normed by a hook or pruned. The
     weight of a transposed convolution, [in, out / groups, *kernel] in PyTorch, becomes [out, in / groups, *kernel].
+    A batch norm is a convolution of each channel by 1, [channels, 1, *1], before its factor.
 
     >>> weight_of(nn.ConvTranspose2d(4, 6, 3, groups=2)).shape
     torch.Size([6, 2, 3, 3])
     """
     layer: Any = module
+    for rank, kind in enumerate(NORMS, 1):
+        if isinstance(module, kind):
+            return torch.ones_like(layer.running_mean, dtype=torch.float32).reshape(-1, 1, *[1] * rank)
     weight: Tensor = layer.parametrizations["weight"]() if is_parametrized(module, "weight") else layer.weight
     if isinstance(module, TRANSPOSED):
         grouped = weight.reshape(module.groups, -1, *weight.shape[1:]).transpose(1, 2)
@@ -33,7 +38,7 @@ def weight_of(module: nn.Module) -> Tensor:
 def weight_key(module: nn.Module) -> Hashable:
     """Equal for layers whose weights are one: the same parameter, read in the same way."""
     layer: Any = module
-    if is_parametrized(module, "weight") or "weight" in vars(module):
+    if is_parametrized(module, "weight") or "weight" in vars(module) or isinstance(module, NORMS):
         return id(module)
     return id(layer.weight), isinstance(module, TRANSPOSED)
 

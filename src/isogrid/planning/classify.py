@@ -213,6 +213,8 @@ def why_module_is_float(module: nn.Module, output: Tensor) -> str:
         return f"{type(module).__name__} extends {parent.__name__}, and its forward may do something else"
     if layer_type(module) is not None and "weight" in vars(module) and not computes_weight(module):
         return "its weight is a plain tensor, which some code of the model's own computes"
+    if kind_of(module) == "batch_norm" and getattr(module, "running_mean", None) is None:
+        return "without running statistics it normalises by each batch, which no runtime does in integers"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         return "an embedding with max_norm or sparse gradients changes its table behind the quantiser's back"
     if kind_of(module) == "convolution" and output.dim() != weight_of(module).dim():

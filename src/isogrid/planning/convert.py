@@ -51,7 +51,7 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    if isinstance(module, AbsorbedBatchNorm):
+    if not hasattr(module, "to_integer"):
         return nn.Identity()
     prepared: Any = module
     twin: nn.Module = prepared.to_integer()

@@ -3,7 +3,7 @@
 A quantised layer absorbs the batch norm and the clamp that follow it, so that a chain is quantised once, at its end.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -16,6 +16,7 @@ from isogrid.layers.weights import weight_key, weight_of
 from isogrid.planning.chains import Chain, find_chains
 from isogrid.planning.graph import COMPUTING_KINDS, LAYER_KINDS, Call, Graph
 from isogrid.planning.grids import Grids
+from isogrid.planning.norms import as_convolutions, lone_norms
 from isogrid.planning.plan import InputSpec, LayerPlan, OperationPlan, Plan, Site
 from isogrid.planning.rules import Rule, Scheme, unmatched_rule_error
 from isogrid.planning.stubs import outside_stubs
@@ -36,6 +37,10 @@ class Choice:
     reason: str
 
 
+NORM_WEIGHT = Choice("int8/channel", None, "frozen", "ste", "absmax", "batch norm alone: a convolution by 1, exact")
+"""Batch norm alone multiplies each channel by 1, then by its factor, which is the scale of that 1."""
+
+
 @dataclass
 class Placement:
     """Builds a plan; `plan()` is the result.
@@ -54,6 +59,7 @@ class Placement:
     inputs: tuple[InputSpec, ...]
     choices: dict[str, Choice] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)
+    _norms: set[str] = field(default_factory=set)
 
     def plan(self) -> Plan:
         """The plan.
@@ -68,10 +74,21 @@ class Placement:
 
     def _choose(self) -> None:
         used: set[int] = set()
-        for name, calls in self.graph.by_name.items():
+        kinds = COMPUTING_KINDS | {"concat", "embedding"}
+        self._decide((name for name, calls in self.graph.by_name.items() if calls[0].kind in kinds), used)
+        if self.scheme.arithmetic == "static":
+            self._norms = lone_norms(self.graph, self.choices)
+            self.graph = as_convolutions(self.graph, self._norms)
+            self._decide((name for name in self.graph.by_name if name in self._norms), used)
+        for index, rule in enumerate(self.rules):
+            if index not in used:
+                raise unmatched_rule_error(rule, self.graph)
+
+    def _decide(self, names: Iterable[str], used: set[int]) -> None:
+        """Choose for each name by its rule, which counts as used, or by the scheme."""
+        for name in names:
+            calls = self.graph.calls_of(name)
             call = calls[0]
-            if call.kind not in COMPUTING_KINDS | {"concat", "embedding"}:
-                continue
             index = next((i for i, r in enumerate(self.rules) if r.matches(name, call.type, call.kind)), None)
             rule = None if index is None else self.rules[index]
             if index is not None:
@@ -84,9 +101,6 @@ class Placement:
                 self.floats[name] = why
             else:
                 self.choices[name] = self._choice(rule)
-        for index, rule in enumerate(self.rules):
-            if index not in used:
-                raise unmatched_rule_error(rule, self.graph)
 
     def _why_float(self, calls: Sequence[Call]) -> str | None:
         call = calls[0]
@@ -117,10 +131,10 @@ class Placement:
         )
 
     def _static_plan(self) -> Plan:
-        chains = find_chains(self.model, self.graph, self.choices)
+        chains = find_chains(self.graph, self.choices)
         concats = [name for name in self.choices if self.graph.calls_of(name)[0].kind == "concat"]
         if idle := idle_tables(self.graph, chains, concats):
-            chains = find_chains(self.model, self.graph, self.choices.keys() - idle)
+            chains = find_chains(self.graph, self.choices.keys() - idle)
         grids = Grids(self.graph, chains, concats)
         layers: list[LayerPlan] = []
         operations: list[OperationPlan] = []
@@ -133,7 +147,7 @@ class Placement:
                 feeds, output = grids.feeds(name), grids.output_of(chain)
                 clamp = chain.clamp.clamp if chain.clamp else None
                 if call.kind in LAYER_KINDS:
-                    norm = chain.batch_norm.name if chain.batch_norm else None
+                    norm = chain.batch_norm.name if chain.batch_norm else name if name in self._norms else None
                     layers.append(LayerPlan(name, self._weight_owner[name], feeds[0], output, norm, clamp))
                 elif output is not None:
                     operations.append(OperationPlan(call.scope, _site(call), call.kind, feeds, output, clamp))
@@ -178,6 +192,8 @@ class Placement:
                     f"({shared.scale}, {shared.estimator}, {shared.range}). Write one rule that matches both."
                 )
             weight = self._weight(layer.path)
+            if layer.path in self._norms:
+                choice = NORM_WEIGHT
             fmt = named_format(choice.weight)
             self.target.check_format("weight", fmt, self.graph.calls_of(layer.path)[0], self.scheme)
             self._check_weight(fmt, weight, layer)

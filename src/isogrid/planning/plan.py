@@ -56,7 +56,7 @@ class LayerPlan:
         weight: the site of its weight; layers that share a parameter share the site.
         input: where its input gets its grid, or None for float inputs.
         output: the site that owns the grid of its output, or None for float outputs.
-        batch_norm: path of the batch norm it absorbs.
+        batch_norm: path of the batch norm it absorbs; a batch norm that is a layer of its own absorbs itself.
         clamp: the ReLU, or other limit to its output, that it applies in place of the call that follows.
         arithmetic: static, weight_only or dynamic.
     """

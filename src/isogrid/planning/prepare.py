@@ -21,6 +21,7 @@ from isogrid.layers.dynamic import rule_of
 from isogrid.layers.embedding import QuantizedEmbedding
 from isogrid.layers.layer import QuantizedLayer, link, replacement
 from isogrid.layers.linear import QuantizedLinear
+from isogrid.layers.norm import QuantizedBatchNorm1d, QuantizedBatchNorm2d, QuantizedBatchNorm3d
 from isogrid.layers.scope import OperationScope, check_scope, open_scope
 from isogrid.layers.sites import (
     QuantizedActivation,
@@ -50,6 +51,13 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: AbsorbedBatchNorm2d,
     nn.BatchNorm3d: AbsorbedBatchNorm3d,
 }
+
+LONE_NORMS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: QuantizedBatchNorm1d,
+    nn.BatchNorm2d: QuantizedBatchNorm2d,
+    nn.BatchNorm3d: QuantizedBatchNorm3d,
+}
+"""Batch norms that absorb themselves."""
 
 OPERATIONS: dict[str, type[QuantizedSite]] = {
     "activation": QuantizedActivation,
@@ -117,7 +125,7 @@ class _Builder:
         module = self._module(layer.path)
         if layer.path == "":
             raise PlanError("A model that is itself one layer cannot be changed in place. Wrap it in nn.Sequential.")
-        if kind_of(module) in ("float", "batch_norm"):
+        if kind_of(module) == "float" or (kind_of(module) == "batch_norm" and layer.batch_norm != layer.path):
             raise PlanError(
                 f"The plan quantises {layer.path!r}, which is a {type(module).__name__}. Plan this model anew."
             )
@@ -144,9 +152,9 @@ class _Builder:
         modules = dict(self.model.named_modules(remove_duplicate=False))
         made: dict[nn.Module, nn.Module] = {}
         for layer in self.plan.layers:
-            self._replace(layer.path, modules, made)
+            self._replace(layer.path, modules, made, LONE_NORMS if layer.batch_norm == layer.path else LAYERS)
             if layer.batch_norm is not None:
-                self._replace(layer.batch_norm, modules, made)
+                self._replace(layer.batch_norm, modules, made, LAYERS)
         self._assign(made)
         sites = self._sites()
         for layer in self.plan.layers:
@@ -154,12 +162,18 @@ class _Builder:
         for path, skipped in self.plan.scopes.items():
             open_scope(self._module(path), OperationScope(sites.get(path, {}), skipped))
 
-    def _replace(self, path: str, modules: dict[str, nn.Module], made: dict[nn.Module, nn.Module]) -> None:
+    @staticmethod
+    def _replace(
+        path: str,
+        modules: dict[str, nn.Module],
+        made: dict[nn.Module, nn.Module],
+        table: dict[type[nn.Module], type[nn.Module]],
+    ) -> None:
         old = modules[path]
         if old not in made:
             kind = layer_type(old)
             assert kind is not None
-            made[old] = replacement(old, LAYERS[kind])
+            made[old] = replacement(old, table[kind])
 
     def _assign(self, made: dict[nn.Module, nn.Module]) -> None:
         """Put every new module wherever the old one was: under all its names, and in lists and dictionaries."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from isogrid.targets.onnx_graph import finish
+from isogrid.targets.onnx_registry import registry_made_once
 from isogrid.targets.onnx_translation import TRANSLATIONS
 
 OPSET = 21
@@ -44,7 +45,7 @@ def to_onnx(
     shapes = pytree.tree_map(lambda x: {0: batch} if _has_batch(x) else None, example_inputs)
     if _takes_any_arguments(module):
         shapes = (shapes,)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), registry_made_once():
         program = torch.onnx.export(
             module,
             example_inputs,

@@ -1,5 +1,6 @@
 """Training: calibration, the schedule, parameter groups and checkpoints."""
 
+from isogrid.training.batch_norm import reestimate_batch_norm
 from isogrid.training.calibration import calibrate
 from isogrid.training.checkpoint import load_training, restore, save, save_training
 from isogrid.training.parameters import parameter_groups
@@ -11,6 +12,7 @@ __all__ = [
     "calibrate",
     "load_training",
     "parameter_groups",
+    "reestimate_batch_norm",
     "restore",
     "save",
     "save_training",

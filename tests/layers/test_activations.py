@@ -16,8 +16,10 @@ from torch import Tensor, nn
 import isogrid as ig
 from isogrid.errors import PlanError
 from isogrid.layers.activations import ACTIVATIONS, Applied, applied, look_up, lookup_table
+from isogrid.targets.onnx_activations import FLOAT_FORMS
 from isogrid.targets.onnx_export import to_onnx
 from isogrid.targets.onnx_runtime_session import STATIC_OPTIONS, open_session, optimized_graph
+from tests.layers.runtime import Graph
 from tests.models import assert_equal, prepared
 from tests.planning.test_capture import Lambda
 
@@ -94,53 +96,91 @@ def test_signed_codes_and_slopes_by_channel() -> None:
     assert_equal(found.to(torch.int16) + 128, want.to(torch.int16))
 
 
-class Everything(nn.Module):
-    """Every function on one grid, and what integer sites make of it."""
+class Site(nn.Module):
+    """An integer site of one function."""
 
-    def __init__(self) -> None:
+    def __init__(self, function: Applied, x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor], low: int = 2):
         super().__init__()
-        self.x_scale, self.x_zero_point = map(nn.Buffer, grid(0.037, 113))
-        self.functions = [Applied(name, parameters) for name, (parameters, _) in CLOSED_FORMS.items()]
-        self.functions += [Applied("prelu"), Applied("prelu")]
-        self.slopes = nn.ParameterList([SLOPES[:1], SLOPES])
-        x = (torch.arange(256) - 113) * 0.037
-        for number, function in enumerate(self.functions):
-            y = torch.cat([x, x * -0.5]) if function.name == "prelu" else function(x)
-            scale, zero_point = grid_for(y)
-            self.register_buffer(f"y{number}_scale", scale)
-            self.register_buffer(f"y{number}_zero_point", zero_point)
+        self.function, self.low = function, low
+        self.input_scale, self.input_zero_point = map(nn.Buffer, x)
+        self.output_scale, self.output_zero_point = map(nn.Buffer, y)
+        self.slopes = None if function.slopes is None else nn.Buffer(function.slopes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_grid, y_grid = (self.input_scale, self.input_zero_point), (self.output_scale, self.output_zero_point)
+        codes = torch.ops.isogrid.quantize(x, *x_grid, 0, 255)
+        ending = (self.function.name, self.function.parameters, self.low, 255, "onnxruntime")
+        found = torch.ops.isogrid.static_activation(codes, *x_grid, self.slopes, *y_grid, *ending)
+        return torch.ops.isogrid.dequantize(found, *y_grid)
+
+
+class Everything(nn.Module):
+    """Every function, on one grid."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        functions = [Applied(name, parameters) for name, (parameters, _) in CLOSED_FORMS.items()]
+        functions += [Applied("prelu", (), SLOPES[:1]), Applied("prelu", (), SLOPES)]
+        self.sites = nn.ModuleList([Site(f, grid(0.037, 113), grid_for(f(x))) for f in functions])
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        codes = torch.ops.isogrid.quantize(x, self.x_scale, self.x_zero_point, 0, 255)
-        slopes = [None] * len(CLOSED_FORMS) + list(self.slopes)
-        values = []
-        for number, (function, own) in enumerate(zip(self.functions, slopes, strict=True)):
-            y = getattr(self, f"y{number}_scale"), getattr(self, f"y{number}_zero_point")
-            ending = (function.name, function.parameters, 2, 255, "onnxruntime")
-            operands = (codes, self.x_scale, self.x_zero_point, own, *y)
-            found = torch.ops.isogrid.static_activation(*operands, *ending)
-            values.append(torch.ops.isogrid.dequantize(found, *y))
-        return values
+        return [site(x) for site in self.sites]
 
 
 def test_onnx_runtime_computes_every_function_on_every_code(tmp_path: Path) -> None:
-    module = Everything().eval()
     x = ((torch.arange(256) - 113) * 0.037).repeat(2, 3, 1)
+    module = Everything(x).eval()
     path = tmp_path / "model.onnx"
     onnx.save(to_onnx(module, (x,)), path)
     session = open_session(path, STATIC_OPTIONS, threads=1)
     found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    for function, ours, theirs in zip(module.functions, module(x), found, strict=True):
-        assert torch.equal(torch.from_numpy(theirs), ours), function.name
+    for site, ours, theirs in zip(module.sites, module(x), found, strict=True):
+        assert torch.equal(torch.from_numpy(theirs), ours), site.function
     kept = {node.op_type for node in optimized_graph(path, STATIC_OPTIONS).graph.node}
-    moving = {"Cast", "Add", "Reshape", "Shape", "Gather", "Unsqueeze", "Concat", "Clip"}
-    assert kept - moving == {"QuantizeLinear", "DequantizeLinear", "GatherElements", "QLinearLeakyRelu"}
+    assert {"GatherElements", "Gelu", "PRelu", "Sigmoid"} <= kept
+
+
+OPERATORS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "abs": [("Abs", {})], "elu": [("Elu", {"alpha": FIFTH})], "exp": [("Exp", {})], "gelu": [("Gelu", {})],
+    "gelu_tanh": [("Gelu", {"approximate": "tanh"})], "hardsigmoid": [("HardSigmoid", {"alpha": 1 / 6, "beta": 0.5})],
+    "hardswish": [("HardSwish", {})], "leaky_relu": [("LeakyRelu", {"alpha": FIFTH})], "neg": [("Neg", {})],
+    "sigmoid": [("Sigmoid", {})], "silu": [("Sigmoid", {})], "tanh": [("Tanh", {})],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in FLOAT_FORMS if name != "prelu"])
+def test_float_operators_stay_well_within_their_bound(name: str) -> None:
+    bound, function = FLOAT_FORMS[name].error, CLOSED_FORMS[name][1]
+    x = torch.cat([torch.linspace(-20, 20, 4001), torch.linspace(-1e-3, 1e-3, 999)])
+    graph = Graph()
+    value = graph.input(x)
+    for op, attributes in OPERATORS[name]:
+        value = graph.node(op, [value], **attributes)
+    if name == "silu":
+        value = graph.node("Mul", [value, "input0"])
+    found = graph.run(value, torch.float32)
+    exact = torch.tensor([function(float(value)) for value in x], dtype=torch.float64)
+    size = torch.maximum(x.double().abs(), exact.abs()).clamp(min=1.0)
+    error = (found.double() - (exact if bound else exact.float().double())).abs() / size
+    assert error.max() <= bound / 2
+
+
+def test_a_value_at_a_tie_is_looked_up(tmp_path: Path) -> None:
+    """sigmoid(0) = 0.5 lies between two codes of a grid with steps of 1/255."""
+    nodes = []
+    for scale in (1 / 255, 1 / 256):
+        module = Site(Applied("sigmoid"), grid(0.1, 128), grid(scale, 0), low=0).eval()
+        x = ((torch.arange(256) - 128) * 0.1).repeat(2, 1)
+        onnx.save(to_onnx(module, (x,)), tmp_path / "model.onnx")
+        session = open_session(tmp_path / "model.onnx", STATIC_OPTIONS, threads=1)
+        assert_equal(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), module(x))
+        graph = optimized_graph(tmp_path / "model.onnx", STATIC_OPTIONS).graph
+        nodes.append({node.op_type for node in graph.node})
+    assert "GatherElements" in nodes[0] and nodes[1] == {"QuantizeLinear", "QLinearSigmoid", "DequantizeLinear"}
 
 
 @pytest.mark.parametrize("slope", [0.01, 0.2, 1 / 3])
 def test_leaky_relu_of_onnx_runtime_is_the_table(slope: float) -> None:
-    from tests.layers.runtime import Graph
-
     torch.manual_seed(0)
     codes = torch.arange(256).to(torch.uint8)
     for _ in range(20):

@@ -162,17 +162,26 @@ def lookup_table(
     Returns:
         codes [256] or, for slopes by channel, [channels, 256]; at each byte the entry of the code with these bits.
     """
-    codes = torch.arange(256, device=x_scale.device).to(torch.uint8).view(x_zero_point.dtype)
-    x = arithmetic.dequantize(codes, x_scale, x_zero_point).to(torch.float64)
+    _, y = values_of_codes(function, x_scale, x_zero_point)
+    codes = arithmetic.quantize(y.to(torch.float32).nan_to_num(nan=0.0), y_scale, y_zero_point, low, high)
+    return codes if codes.dim() == 1 else codes.t().contiguous()
+
+
+def values_of_codes(function: Applied, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    """What codes stand for, and the function's values there, both in float64.
+
+    Returns:
+        x [256], by the bytes of the codes; y [256] or, for slopes by channel, [256, channels].
+    """
+    codes = torch.arange(256, device=scale.device).to(torch.uint8).view(zero_point.dtype)
+    x = arithmetic.dequantize(codes, scale, zero_point).to(torch.float64)
     slopes = function.slopes
-    if slopes is not None:
-        slopes = slopes.detach().to(torch.float32).reshape(-1)
-        function = function._replace(slopes=slopes)
-        # The channels are F.prelu's second dimension.
-        x = x if len(slopes) == 1 else x.unsqueeze(1).expand(-1, len(slopes))
-    y = function(x).to(torch.float32)
-    y = y.t() if y.dim() == 2 else y
-    return arithmetic.quantize(y.nan_to_num(nan=0.0), y_scale, y_zero_point, low, high).contiguous()
+    if slopes is None:
+        return x, function(x)
+    slopes = slopes.detach().to(torch.float32).reshape(-1)
+    # The channels are F.prelu's second dimension.
+    operand = x if len(slopes) == 1 else x.unsqueeze(1).expand(-1, len(slopes))
+    return x, function._replace(slopes=slopes)(operand)
 
 
 def look_up(codes: Tensor, table: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
-from isogrid.targets.onnx_activations import write_tables
+from isogrid.targets.onnx_activations import write_activations
 from isogrid.targets.onnx_nodes import initializer, input_of, insert, producer_of, unique, values_of
 
 # Weight codes are stored in the smallest of these that holds them, each with the first opset that has it.
@@ -35,7 +35,7 @@ def finish(model: ir.Model) -> onnx.ModelProto:
     - A QuantizeLinear that undoes the DequantizeLinear before it is removed, as is all that is computed twice.
     - Weight codes of four bits or fewer are stored as INT4 or INT2, and cast to INT8 where they are used: ONNX Runtime
       folds the cast when it loads the model and then uses its 8-bit kernels. INT2 needs opset 25.
-    - Elementwise functions of codes become tables.
+    - Elementwise functions of codes become float operators, where these give the same codes, or tables.
     - What was float between two quantised tensors stays float: a Min with infinity keeps ONNX Runtime from replacing it
       by an integer kernel, whose codes differ here and there.
     - Nothing is stored that a reader can infer.
@@ -45,7 +45,7 @@ def finish(model: ir.Model) -> onnx.ModelProto:
     """
     _name_codes(model.graph)
     _remove_round_trips(model.graph)
-    write_tables(model)
+    write_activations(model)
     optimizer.optimize(model)
     common.IdentityEliminationPass()(model)
     _make_scalars(model.graph)

@@ -163,10 +163,7 @@ def static_activation(
     high: int,
     kernels: str,
 ) -> Value:
-    """A node that `onnx_activations.write_tables` turns into a table; LeakyRelu, which is exact: QLinearLeakyRelu."""
-    if function == "leaky_relu":
-        y = op.LeakyRelu(dequantize(x, x_scale, x_zero_point), alpha=parameters[0])
-        return quantize(y, y_scale, y_zero_point, low, high)
+    """A node that stands for the function until `onnx_activations.write_activations` has read the grids."""
     inputs = [x, x_scale, x_zero_point, y_scale, y_zero_point, *([] if slopes is None else [slopes])]
     settings = {"parameters": list(parameters)} if parameters else {}
     return ACTIVATION(*inputs, function=function, low=low, high=high, kernels=kernels, **settings)

@@ -57,11 +57,12 @@ def _rest(work: Sequence[tuple[str, int]], operators: Sequence[RuntimeOperator])
 
 
 def _operations(producers: Mapping[str, RuntimeOperator], plan: Plan) -> Iterator[GraphCheck]:
-    planned = {f"{operation.scope}.{operation.site}".lstrip(".") for operation in plan.operations}
+    planned = {f"{operation.scope}.{operation.site}".lstrip("."): operation.kind for operation in plan.operations}
     for name, operator in producers.items():
         path, _, kind = site_of(name).rpartition(".")
         if path in planned and kind.startswith("output"):
-            yield _check(path, operator, "integer", 0)
+            # An artefact may have a float operator for a function whose codes it cannot change.
+            yield _check(path, operator, operator.arithmetic if planned[path] == "activation" else "integer", 0)
 
 
 def _check(name: str, operator: RuntimeOperator | None, planned: str, macs: int) -> GraphCheck:

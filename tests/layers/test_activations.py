@@ -300,3 +300,18 @@ def test_a_parameter_that_is_no_number_keeps_a_function_float() -> None:
         applied(F.elu, (torch.ones(1),), {})
     model = Lambda(lambda m, x: m.b(F.threshold(m.a(x), x.shape[0], 0)), a=nn.Linear(3, 3), b=nn.Linear(3, 3))
     assert [o.site for o in ig.plan(model, example_inputs=(torch.randn(2, 3),)).operations] == ["threshold"]
+
+
+def test_a_norm_is_float_between_quantised_edges() -> None:
+    def forward(module: Any, x: Tensor) -> Tensor:
+        x = module.b(F.layer_norm(module.norm(module.a(x)), (6,)))
+        return module.c(F.group_norm(module.group(x), 2))
+
+    children = {"a": nn.Linear(5, 6), "b": nn.Linear(6, 6), "c": nn.Linear(6, 2)}
+    model = Lambda(forward, norm=nn.RMSNorm(6), group=nn.GroupNorm(2, 6), **children)
+    plan = ig.plan(model, example_inputs=(torch.randn(7, 5),))
+    assert [name for name, _ in plan.floats] == ["norm", "layer_norm", "group", "group_norm"]
+    assert all("computes its statistics in float" in reason for _, reason in plan.floats)
+    inputs = [site.name for site in plan.sites if site.kind == "input"]
+    assert inputs == ["a.input", "b.input", "c.input"]
+    assert all(layer.output is None for layer in plan.layers)

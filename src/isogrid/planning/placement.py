@@ -294,6 +294,8 @@ class Placement:
 
     def _why_left(self, call: Call) -> str:
         if call.kind == "float":
+            if "norm" in call.type.lower():
+                return f"{call.type} computes its statistics in float; integer layers quantise what they read of it"
             return f"{call.type} has no integer arithmetic here"
         if self.scheme.arithmetic != "static":
             return "" if call.kind == "clamp" else f"scheme {self.scheme.name} quantises weights only"

@@ -21,7 +21,7 @@ endif
 PYTHON ?= python3
 
 # A runtime is a file of constraints, an extra in pyproject.toml and tests/runtimes/test_<runtime>.py.
-RUNTIMES ?= $(patsubst constraints/%.txt,%,$(wildcard constraints/*.txt))
+RUNTIMES ?= qemu $(patsubst constraints/%.txt,%,$(wildcard constraints/*.txt))
 
 .PHONY: help quickstart test test-runtimes lint types imports doctest check docs clean anew
 .SECONDARY:
@@ -41,6 +41,12 @@ test-runtimes: $(RUNTIMES:%=test-runtime-%)
 
 test-runtime-%: .venv-%/runtime
 	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -m runtime tests/runtimes/test_$*.py $(ARGS)
+
+# ONNX Runtime on the processors of others: no environment of its own, but an emulator from the system's packages.
+test-runtime-qemu: .venv/dev
+	@command -v qemu-x86_64 >/dev/null || apt-get install --yes --quiet qemu-user || { \
+	  echo "The emulator qemu-x86_64 is missing, and installing it needs root: apt-get install qemu-user"; exit 1; } >&2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m runtime tests/runtimes/test_qemu.py $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

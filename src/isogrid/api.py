@@ -12,6 +12,7 @@ from isogrid.planning import Plan, Rule, Scheme, scheme_from_name
 from isogrid.planning import convert as convert
 from isogrid.planning import prepare as prepare
 from isogrid.planning.capture import capture
+from isogrid.planning.exchange import apart
 from isogrid.planning.placement import Placement
 from isogrid.planning.plan import InputSpec
 from isogrid.planning.state import is_prepared, prepared_state
@@ -78,9 +79,10 @@ def plan(
     chosen = scheme_from_name(scheme) if isinstance(scheme, str) else scheme
     runtime = target_from_name(chosen.target if target is None else target)
     chosen = runtime.scheme_for(chosen)
-    graph = capture(model, example_inputs)
     inputs = tuple(InputSpec(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in example_inputs)
-    return Placement(model, graph, runtime, chosen, tuple(rules), inputs).plan()
+    with apart(model):
+        graph = capture(model, example_inputs)
+        return Placement(model, graph, runtime, chosen, tuple(rules), inputs).plan()
 
 
 def export(model: nn.Module, path: str | Path) -> Artifact:

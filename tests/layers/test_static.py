@@ -259,3 +259,17 @@ def test_integer_products_pay_only_for_large_linear_layers(rows: int, monkeypatc
     assert not accumulation.integer_product_pays(CONVOLUTION, large, torch.zeros(4096, 4096))
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     assert not accumulation.integer_product_pays(LinearOperation(), large, torch.zeros(4096, 4096))
+
+
+def test_a_gradient_may_come_in_any_order_of_memory() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(4, 3))
+    batch = torch.randn(5, 2, 4)
+    ig.calibrate(ig.prepare(model, ig.plan(model, example_inputs=(batch,))), [batch])
+    turned, found = torch.randn(2, 3, 5).permute(2, 0, 1), []
+    for gradient in (turned, turned.contiguous()):
+        x = torch.ones(5, 2, 4, requires_grad=True)
+        model.zero_grad()
+        model(x).backward(gradient)
+        found.append((x.grad, model[0].weight.grad, model[0].bias.grad))
+    torch.testing.assert_close(*found)

@@ -162,7 +162,7 @@ class _Channels:
 
     def __init__(self, axis: int, like: Tensor):
         moved = like.movedim(axis, -1)
-        self._last = moved.is_contiguous()
+        self._last = axis == -1 or moved.is_contiguous()
         self._axis, self._shape = axis, tuple(moved.shape if self._last else like.shape)
 
     def cut(self, tensor: Tensor) -> Tensor:

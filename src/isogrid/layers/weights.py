@@ -28,16 +28,25 @@ def weight_of(module: nn.Module) -> Tensor:
     for rank, kind in enumerate(NORMS, 1):
         if isinstance(module, kind):
             return torch.ones_like(layer.running_mean, dtype=torch.float32).reshape(-1, 1, *[1] * rank)
-    weight: Tensor = layer.parametrizations["weight"]() if is_parametrized(module, "weight") else layer.weight
+    weight = parameter_of(module, "weight")
     if isinstance(module, TRANSPOSED):
         grouped = weight.reshape(module.groups, -1, *weight.shape[1:]).transpose(1, 2)
         return grouped.reshape(module.out_channels, -1, *weight.shape[2:])
     return weight
 
 
+def parameter_of(module: nn.Module, name: str) -> Tensor:
+    """A module's parameter, computed where it is parametrised."""
+    parent: Any = module
+    parameter: Tensor = parent.parametrizations[name]() if is_parametrized(module, name) else getattr(module, name)
+    return parameter
+
+
 def weight_key(module: nn.Module) -> Hashable:
     """Equal for layers whose weights are one: the same parameter, read in the same way."""
     layer: Any = module
+    if hasattr(module, "borrowed_key"):
+        return layer.borrowed_key  # type: ignore[no-any-return]
     if is_parametrized(module, "weight") or "weight" in vars(module) or isinstance(module, NORMS):
         return id(module)
     return id(layer.weight), isinstance(module, TRANSPOSED)
@@ -49,16 +58,17 @@ def computes_weight(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def refresh_weight(module: nn.Module) -> None:
-    """Compute anew what hooks of torch.nn.utils otherwise compute when the module runs.
+def refresh_weights(model: nn.Module) -> None:
+    """Compute anew what hooks of torch.nn.utils otherwise compute when a module runs.
 
-    The tensors then hold no history, so that the module can be copied.
+    The tensors then hold no history, so that the model can be copied.
     """
-    training, module.training = module.training, False  # in training, a spectral norm would move
-    for hook in module._forward_pre_hooks.values():
-        if computed_by(hook):
-            hook(module, None)
-    module.training = training
+    for module in model.modules():
+        training, module.training = module.training, False  # in training, a spectral norm would move
+        for hook in module._forward_pre_hooks.values():
+            if computed_by(hook):
+                hook(module, None)
+        module.training = training
 
 
 def computed_by(hook: Any) -> str:

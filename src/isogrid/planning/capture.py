@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from isogrid.errors import CaptureError
 from isogrid.layers import activations
+from isogrid.layers.borrowed import BorrowedLinear
 from isogrid.layers.clamp import CLAMPS, Clamp, clamp_of
 from isogrid.layers.scope import OPERATION_KINDS, is_container, site_name, tensors_first
 from isogrid.planning.classify import (
@@ -235,7 +236,8 @@ class _Recorder(TorchFunctionMode):
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         reason = why_module_is_float(module, outputs[0]) if outputs else ""
         kind = "float" if reason else kind_of(module)
-        self._record(_What(kind, None, reason), type(module).__name__, inputs, outputs, module)
+        type_ = "Linear" if isinstance(module, BorrowedLinear) else type(module).__name__
+        self._record(_What(kind, None, reason), type_, inputs, outputs, module)
 
     def _record(
         self, what: "_What", type_: str, inputs: tuple[int, ...], outputs: Sequence[Tensor], module: nn.Module

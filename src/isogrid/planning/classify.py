@@ -9,13 +9,16 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from isogrid.errors import PlanError
 from isogrid.layers import activations
+from isogrid.layers.borrowed import BorrowedLinear
 from isogrid.layers.pooling import averages_space, pooling_of
+from isogrid.layers.recurrent import Gates
 from isogrid.layers.scope import is_container
 from isogrid.layers.weights import computes_weight, weight_of
 from isogrid.planning.stubs import stub_of
 
 MODULE_KINDS: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
+    BorrowedLinear: "linear",
     nn.Conv1d: "convolution",
     nn.Conv2d: "convolution",
     nn.Conv3d: "convolution",
@@ -118,7 +121,7 @@ def is_one_call(module: nn.Module) -> bool:
     So it is for layers, for modules of torch.nn with parameters of their own such as nn.LayerNorm, and for
     subclasses of layers.
     """
-    if layer_type(module) is not None or is_subclass_of_layer(module):
+    if layer_type(module) is not None or is_subclass_of_layer(module) or isinstance(module, Gates):
         return True
     return _is_of_torch(module) and not is_wrapper(module) and next(module.parameters(recurse=False), None) is not None
 
@@ -211,6 +214,8 @@ def why_module_is_float(module: nn.Module, output: Tensor) -> str:
     if is_subclass_of_layer(module):
         parent = next(kind for kind in MODULE_KINDS if isinstance(module, kind))
         return f"{type(module).__name__} extends {parent.__name__}, and its forward may do something else"
+    if isinstance(module, Gates):
+        return "the gates of a recurrent layer are elementwise and compute in float"
     if layer_type(module) is not None and "weight" in vars(module) and not computes_weight(module):
         return "its weight is a plain tensor, which some code of the model's own computes"
     if kind_of(module) == "batch_norm" and getattr(module, "running_mean", None) is None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from isogrid.errors import NonFiniteError, NotCalibratedError
 from isogrid.layers.batch_norm import AbsorbedBatchNorm
+from isogrid.layers.borrowed import TakenApart
 from isogrid.layers.integer import IntegerModule
-from isogrid.layers.weights import computed_by, refresh_weight
+from isogrid.layers.weights import computed_by, refresh_weights
 from isogrid.planning.state import prepared_state, quantizers
 
 
@@ -37,16 +38,18 @@ def convert(model: nn.Module) -> nn.Module:
             raise NonFiniteError(
                 f"{name} holds NaN or infinity, so there is nothing to convert. Go back to a checkpoint."
             )
-    for module in model.modules():
-        refresh_weight(module)
+    refresh_weights(model)
     integer = copy.deepcopy(model).eval()
     made: dict[nn.Module, nn.Module] = {}
     for parent in list(integer.modules()):
+        borrowed = parent.borrowed if isinstance(parent, TakenApart) else set()
         for name, child in list(parent._modules.items()):
             if child is not None and (hasattr(child, "to_integer") or isinstance(child, AbsorbedBatchNorm)):
                 if child not in made:
                     made[child] = _twin(child)
                 parent._modules[name] = made[child]
+        if isinstance(parent, TakenApart):
+            parent.forget(borrowed)
     return integer.requires_grad_(False).eval()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from isogrid.errors import FormatError, PlanError
 from isogrid.formats import Format, named_format
+from isogrid.layers.borrowed import TakenApart
 from isogrid.layers.weights import weight_key, weight_of
 from isogrid.planning.chains import Chain, find_chains
 from isogrid.planning.graph import COMPUTING_KINDS, LAYER_KINDS, Call, Graph
@@ -265,6 +266,11 @@ class Placement:
             scopes=self._scopes(operations, chains),
             floats=self._float_rows(planned | absorbed),
             inputs=self.inputs,
+            apart=tuple(
+                path
+                for path, module in self.model.named_modules()
+                if isinstance(module, TakenApart) and any(name.startswith(f"{path}.") for name in planned)
+            ),
         )
 
     def _scopes(self, operations: Sequence[OperationPlan], chains: Mapping[str, Chain]) -> dict[str, tuple[str, ...]]:

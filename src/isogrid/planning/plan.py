@@ -109,6 +109,7 @@ class Plan:
         scopes: paths of modules whose forward is watched, with the calls that other layers do for them.
         floats: name and reason of what stays float.
         inputs: of the model.
+        apart: paths of modules of several products, such as nn.LSTM, that are taken apart into layers.
     """
 
     target: str
@@ -120,6 +121,7 @@ class Plan:
     scopes: dict[str, tuple[str, ...]]
     floats: tuple[tuple[str, str], ...]
     inputs: tuple[InputSpec, ...] = field(default=())
+    apart: tuple[str, ...] = field(default=())
 
     def site(self, name: str) -> Site:
         """A site by name."""
@@ -172,6 +174,7 @@ class Plan:
                     )
                     for o in data["operations"]
                 ),
+                apart=tuple(data["apart"]),
                 scopes={path: tuple(skipped) for path, skipped in data["scopes"].items()},
                 floats=tuple((name, reason) for name, reason in data["floats"]),
                 inputs=tuple(InputSpec(tuple(spec["shape"]), spec["dtype"]) for spec in data["inputs"]),

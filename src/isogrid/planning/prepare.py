@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from isogrid.errors import NonFiniteError, PlanError
 from isogrid.formats import named_format
 from isogrid.layers.batch_norm import AbsorbedBatchNorm1d, AbsorbedBatchNorm2d, AbsorbedBatchNorm3d
+from isogrid.layers.borrowed import BorrowedLinear, QuantizedBorrowedLinear
 from isogrid.layers.convolution import (
     QuantizedConv1d,
     QuantizedConv2d,
@@ -30,8 +30,9 @@ from isogrid.layers.sites import (
     QuantizedConcat,
     QuantizedSite,
 )
-from isogrid.layers.weights import refresh_weight, weight_of
+from isogrid.layers.weights import refresh_weights, weight_of
 from isogrid.planning.classify import kind_of, layer_type
+from isogrid.planning.exchange import exchange, take_apart
 from isogrid.planning.plan import LayerPlan, OperationPlan, Plan, Site
 from isogrid.planning.state import add_state, is_prepared
 from isogrid.quantizers import Quantizer
@@ -46,6 +47,7 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose1d: QuantizedConvTranspose1d,
     nn.ConvTranspose2d: QuantizedConvTranspose2d,
     nn.ConvTranspose3d: QuantizedConvTranspose3d,
+    BorrowedLinear: QuantizedBorrowedLinear,
     nn.Embedding: QuantizedEmbedding,
     nn.BatchNorm1d: AbsorbedBatchNorm1d,
     nn.BatchNorm2d: AbsorbedBatchNorm2d,
@@ -90,8 +92,13 @@ def prepare(model: nn.Module, plan: Plan) -> nn.Module:
     """
     if is_prepared(model):
         raise PlanError("The model is prepared already. Start from a float model, or change the plan before prepare.")
-    builder = _Builder(model, plan)
-    builder.check()
+    whole = take_apart(model, plan.apart)
+    try:
+        builder = _Builder(model, plan)
+        builder.check()
+    except BaseException:
+        exchange(model, whole)
+        raise
     builder.build()
     add_state(model, plan)
     return model
@@ -108,6 +115,7 @@ class _Builder:
 
     def check(self) -> None:
         """Refuse what does not fit, and make all quantizers, before anything is changed."""
+        refresh_weights(self.model)
         busy = {operation.scope for operation in self.plan.operations}
         for path in {*self.plan.scopes, *busy}:
             check_scope(self._module(path), has_sites=path in busy)
@@ -133,7 +141,6 @@ class _Builder:
             self._module(layer.batch_norm), nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
         ):
             raise PlanError(f"The plan folds {layer.batch_norm!r}, which is no batch norm. Plan this model anew.")
-        refresh_weight(module)
         weight = weight_of(module)
         if not weight.isfinite().all():
             raise NonFiniteError(
@@ -155,7 +162,7 @@ class _Builder:
             self._replace(layer.path, modules, made, LONE_NORMS if layer.batch_norm == layer.path else LAYERS)
             if layer.batch_norm is not None:
                 self._replace(layer.batch_norm, modules, made, LAYERS)
-        self._assign(made)
+        exchange(self.model, made)
         sites = self._sites()
         for layer in self.plan.layers:
             self._configure(layer)
@@ -174,17 +181,6 @@ class _Builder:
             kind = layer_type(old)
             assert kind is not None
             made[old] = replacement(old, table[kind])
-
-    def _assign(self, made: dict[nn.Module, nn.Module]) -> None:
-        """Put every new module wherever the old one was: under all its names, and in lists and dictionaries."""
-        for parent in list(self.model.modules()):
-            for name, child in list(parent._modules.items()):
-                if child is not None and child in made:
-                    parent._modules[name] = made[child]
-            for name, value in list(vars(parent).items()):
-                holds = not name.startswith("_") and isinstance(value, list | tuple | dict)
-                if holds and any(isinstance(leaf, nn.Module) and leaf in made for leaf in tree_leaves(value)):
-                    vars(parent)[name] = tree_map_only(nn.Module, lambda module: made.get(module, module), value)
 
     def _configure(self, plan: LayerPlan) -> None:
         module: Any = self._module(plan.path)

@@ -10,7 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_leaves
 
 from isogrid.errors import NonFiniteError, NotCalibratedError, PlanError
-from isogrid.layers.weights import refresh_weight, weight_of
+from isogrid.layers.weights import refresh_weights, weight_of
 from isogrid.planning.state import activation_quantizers, prepared_state, quantizers, weight_quantizers
 
 
@@ -60,9 +60,9 @@ def calibrate(
         if not seen:
             raise NotCalibratedError("There is no batch to calibrate with. Pass at least one.")
         fit_activations(model)
+        refresh_weights(model)
         for name, quantizer in weight_quantizers(model).items():
             layer = model.get_submodule(name.rpartition(".")[0])
-            refresh_weight(layer)
             quantizer.fit(weight_of(layer).detach())
     finally:
         for module, flag in flags.items():

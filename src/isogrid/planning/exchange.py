@@ -1,0 +1,71 @@
+"""Modules put in the places of others."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from isogrid.layers.attention import ProjectedAttention
+from isogrid.layers.borrowed import ProductOfPairs, TakenApart, TurnedLinear
+from isogrid.layers.recurrent import GRUCell, LSTMCell, RNNCell, UnrolledGRU, UnrolledLSTM, UnrolledRNN
+
+APART: dict[type[nn.Module], type[TakenApart]] = {
+    nn.Bilinear: ProductOfPairs,
+    nn.GRU: UnrolledGRU,
+    nn.GRUCell: GRUCell,
+    nn.LSTM: UnrolledLSTM,
+    nn.LSTMCell: LSTMCell,
+    nn.MultiheadAttention: ProjectedAttention,
+    nn.RNN: UnrolledRNN,
+    nn.RNNCell: RNNCell,
+}
+"""Modules of several products, and what they are taken apart into."""
+
+
+def exchange(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
+    """Put every new module wherever the old one was: under all its names, and in lists and dictionaries."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in made:
+                parent._modules[name] = made[child]
+        for name, value in list(vars(parent).items()):
+            holds = not name.startswith("_") and isinstance(value, list | tuple | dict)
+            if holds and any(isinstance(leaf, nn.Module) and leaf in made for leaf in tree_leaves(value)):
+                vars(parent)[name] = tree_map_only(nn.Module, lambda module: made.get(module, module), value)
+
+
+def take_apart(model: nn.Module, paths: tuple[str, ...] | None = None) -> dict[nn.Module, nn.Module]:
+    """Take modules of several products apart, in place: those at the paths, or all.
+
+    Returns:
+        The old module of each new one; `exchange` puts them back.
+    """
+    made: dict[nn.Module, nn.Module] = {}
+    for path, module in model.named_modules():
+        kind = _apart(module)
+        if path and kind is not None and (paths is None or path in paths):
+            made[module] = kind.of(module)
+    exchange(model, made)
+    return {new: old for old, new in made.items()}
+
+
+@contextmanager
+def apart(model: nn.Module) -> Iterator[None]:
+    """While open, all modules of several products are taken apart."""
+    made = take_apart(model)
+    try:
+        yield
+    finally:
+        exchange(model, made)
+
+
+def _apart(module: nn.Module) -> type[TakenApart] | None:
+    if isinstance(module, TakenApart):
+        return None
+    for kind, parts in APART.items():
+        if isinstance(module, kind) and type(module).forward is kind.forward:
+            return parts
+    # transformers.pytorch_utils.Conv1D, told without the import of transformers.
+    is_turned = type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+    return TurnedLinear if is_turned else None

@@ -358,7 +358,7 @@ def test_codes_of_few_bits_stay_within_their_bits(tmp_path: Path) -> None:
     train(model, inputs, steps=2, lr=0.1)
     converted = ig.convert(model)
     for name in weight_quantizers(model):
-        codes = converted.get_submodule(name.rpartition(".")[0]).weight
+        codes = converted.get_submodule(name.rpartition(".")[0]).codes
         assert codes.dtype == torch.int8 and codes.min() >= -2 and codes.max() <= 1
 
 

@@ -18,7 +18,7 @@ def test_rows_are_what_is_stored(scheme: str, weight: str) -> None:
     table = ig.format(weight).fake_quantize(layer.weight.detach(), layer.weight_quantizer.scale.detach())
     assert_equal(layer(TOKENS).detach(), table[TOKENS])
     converted = ig.convert(model)
-    assert converted[0].weight.dtype == torch.int8
+    assert converted[0].codes.dtype == torch.int8
     assert_equal(converted(TOKENS), model(TOKENS).detach())
 
 

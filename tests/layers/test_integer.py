@@ -21,11 +21,11 @@ def test_what_a_linear_layer_stores_is_its_arithmetic() -> None:
     model = prepared(nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2)), (x,), "w4a8")
     layer: Any = ig.convert(model)[0]
     codes = (x / layer.input_scale).round() + layer.input_zero_point
-    sums = (codes.clamp(0, 255) - layer.input_zero_point) @ layer.weight.T.float() + layer.bias
+    sums = (codes.clamp(0, 255) - layer.input_zero_point) @ layer.codes.T.float() + layer.bias
     step = layer.input_scale * layer.weight_scale / layer.output_scale
     expected = ((sums * step).round() + layer.output_zero_point).clamp(float(layer.output_zero_point), 255)
     assert_equal(layer(x), (expected - layer.output_zero_point) * layer.output_scale)
-    assert layer.weight.dtype == torch.int8 and layer.bias.dtype == torch.int32
+    assert layer.codes.dtype == torch.int8 and layer.bias.dtype == torch.int32
     assert "input codes 0..255" in str(layer)
 
 

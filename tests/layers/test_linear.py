@@ -24,7 +24,7 @@ def test_groups_are_packed_as_the_runtime_has_them(weight: str, level: int) -> N
     prepared(model, inputs, "w4a16", [ig.Rule(match="0", weight=weight)])
     packed = ig.convert(model)[0]
     bits, group = int(weight[3]), int(weight.rpartition("group")[2])
-    assert packed.weight.shape == (6, 128 // group, group * bits // 8) and packed.accuracy_level == level
+    assert packed.codes.shape == (6, 128 // group, group * bits // 8) and packed.accuracy_level == level
     layer = model[0]
     stored = ig.format(weight).fake_quantize(layer.weight.detach(), layer.weight_quantizer.scale.detach())
     expected = nn.functional.linear(*inputs, stored, layer.bias.detach())

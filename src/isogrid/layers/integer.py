@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from isogrid.layers import kernel_operators, operators  # noqa: F401  define torch.ops.isogrid
 from isogrid.layers.activations import applied
 from isogrid.layers.clamp import Clamp
+from isogrid.layers.nbits import dequantize_matmul_nbits
 from isogrid.layers.operations import ConvolutionOperation
 from isogrid.layers.pooling import pooling_of
 
@@ -75,7 +76,30 @@ class IntegerModule(nn.Module):
         return ", ".join(f"{name} codes {low}..{high}" for name, (low, high) in self.limits.items())
 
 
-class IntegerLayer(IntegerModule):
+class WeightOfCodes(nn.Module):
+    """A module whose buffer `weight` holds codes, while its attribute `weight` reads as the values that they stand for.
+
+    A forward may look at a layer's weight: to bring its input to the same dtype, or to multiply by it elsewhere.
+    """
+
+    def add_codes(self, codes: Tensor) -> None:
+        """Keep the codes, under the name that the float weight has in a state_dict."""
+        self._buffers["weight"] = codes
+
+    @property
+    def codes(self) -> Tensor:
+        """The weight as it is stored."""
+        codes = self._buffers["weight"]
+        assert codes is not None
+        return codes
+
+    @property
+    def weight(self) -> Tensor:
+        """The values that the codes stand for, float32."""
+        raise NotImplementedError
+
+
+class IntegerLayer(WeightOfCodes, IntegerModule):
     """A layer with integer weights.
 
     Args:
@@ -84,7 +108,6 @@ class IntegerLayer(IntegerModule):
         input, output: grids; no output grid leaves the output float.
     """
 
-    weight: Tensor
     weight_scale: Tensor
     bias: Tensor
 
@@ -92,12 +115,16 @@ class IntegerLayer(IntegerModule):
         self, weight: Tensor, weight_scale: Tensor, bias: Tensor, input: StaticGrid, output: StaticGrid | None
     ) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)
+        self.add_codes(weight)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
         self.add_grid("input", input)
         if output is not None:
             self.add_grid("output", output)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.codes.to(torch.float32) * self.weight_scale.reshape(-1, *[1] * (self.codes.dim() - 1))
 
     @property
     def has_output_grid(self) -> bool:
@@ -109,7 +136,7 @@ class IntegerLinear(IntegerLayer):
     """Linear on codes, x [..., in] to [..., out]."""
 
     def forward(self, input: Tensor) -> Tensor:
-        operands = (self.quantized("input", input), *self.grid("input"), self.weight, self.weight_scale, self.bias)
+        operands = (self.quantized("input", input), *self.grid("input"), self.codes, self.weight_scale, self.bias)
         if not self.has_output_grid:
             return ops.static_linear_float(*operands)  # type: ignore[no-any-return]
         return self.dequantized("output", ops.static_linear(*operands, *self.grid("output"), *self.limits["output"]))
@@ -144,7 +171,7 @@ class IntegerConvolution(IntegerLayer):
         codes = ops.static_convolution(
             self.quantized("input", x),
             *self.grid("input"),
-            self.weight,
+            self.codes,
             self.weight_scale,
             self.bias,
             *self.grid("output"),
@@ -232,7 +259,7 @@ class IntegerConcat(IntegerSite):
         return function(on_grid, *args[1:], **kwargs)  # type: ignore[no-any-return]
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(WeightOfCodes):
     """Linear with a weight of 2, 4 or 8 bits in groups, float input and output; see `isogrid.layers.nbits`.
 
     Args:
@@ -242,41 +269,53 @@ class PackedLinear(nn.Module):
         accuracy_level: 1 for float activations, 4 for int8 ones that are quantised as they come.
     """
 
+    weight_scale: Tensor
+
     def __init__(
         self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int, block: int, accuracy_level: int
     ) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)
+        self.add_codes(weight)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
         self.bits, self.block, self.accuracy_level = bits, block, accuracy_level
 
     def forward(self, input: Tensor) -> Tensor:
         y = ops.matmul_nbits(
-            input, self.weight, self.weight_scale, None, self.bias, self.bits, self.block, self.accuracy_level
+            input, self.codes, self.weight_scale, None, self.bias, self.bits, self.block, self.accuracy_level
         )
         return y  # type: ignore[no-any-return]
+
+    @property
+    def weight(self) -> Tensor:
+        return dequantize_matmul_nbits(self.codes, self.weight_scale, None, self.bits)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, block={self.block}, accuracy_level={self.accuracy_level}"
 
 
-class IntegerEmbedding(nn.Module):
+class IntegerEmbedding(WeightOfCodes):
     """Rows of codes, each with its scale; indices [...] to values [..., dimension].
 
     Args:
         weight: int8 codes [entries, dimension]; weight_scale: float32 [entries, groups].
     """
 
-    weight: Tensor
     weight_scale: Tensor
 
     def __init__(self, weight: Tensor, weight_scale: Tensor) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)
+        self.add_codes(weight)
         self.register_buffer("weight_scale", weight_scale)
 
     def forward(self, input: Tensor) -> Tensor:
-        codes, scale = F.embedding(input, self.weight), F.embedding(input, self.weight_scale)
-        groups = codes.reshape(*scale.shape, -1).to(torch.float32)
-        return (groups * scale.unsqueeze(-1)).flatten(-2)
+        return _of_groups(F.embedding(input, self.codes), F.embedding(input, self.weight_scale))
+
+    @property
+    def weight(self) -> Tensor:
+        return _of_groups(self.codes, self.weight_scale)
+
+
+def _of_groups(codes: Tensor, scale: Tensor) -> Tensor:
+    groups = codes.reshape(*scale.shape, -1).to(torch.float32)
+    return (groups * scale.unsqueeze(-1)).flatten(-2)

@@ -1,14 +1,13 @@
 """Replay: every operation of the reference on the inputs that the runtime had for it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from isogrid.layers.integer import PackedLinear
-from isogrid.layers.nbits import dequantize_matmul_nbits
+from isogrid.planning.values import tensors_in
 from isogrid.targets import Observed
 from isogrid.verification.names import site_of
 from isogrid.verification.reference import Quantization, View, viewed
@@ -32,17 +31,18 @@ class Replays:
 
     Args:
         reference: of `isogrid.convert`.
+        run: runs it on the tensors that an artefact takes.
         survey: of it.
     """
 
-    def __init__(self, reference: nn.Module, survey: Survey):
-        self.reference, self.survey = reference, survey
+    def __init__(self, reference: nn.Module, run: Callable[[tuple[Tensor, ...]], Any], survey: Survey):
+        self.reference, self.run, self.survey = reference, run, survey
         self.codes: dict[str, Tally] = {}
         self.values: dict[str, Tally] = {}
         self.bounds: dict[str, float] = {}
 
     def add(
-        self, inputs: tuple[Any, ...], seen: Observed, noted: Mapping[str, Tensor], expected: Sequence[Tensor]
+        self, inputs: tuple[Tensor, ...], seen: Observed, noted: Mapping[str, Tensor], expected: Sequence[Tensor]
     ) -> None:
         """Replay one batch.
 
@@ -57,8 +57,8 @@ class Replays:
                 self._of_codes(name).add(codes, noted[name])
         else:
             with torch.no_grad(), viewed(self.reference, _Substitution(self, seen)):
-                result = self.reference(*inputs)
-            expected = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+                result = self.run(inputs)
+            expected = tensors_in(result)
         for number, (actual, output) in enumerate(zip(seen.outputs, expected, strict=False)):
             name = "output" if len(expected) == 1 else f"output {number}"
             self._of_values(name, self.survey.outputs[number].depth).add(actual, output)
@@ -124,9 +124,7 @@ class _Substitution(View):
 
 def _largest_sum(layer: PackedLinear, x: Tensor) -> float:
     """The largest sum of magnitudes behind one output."""
-    stored: Any = layer
-    weight = dequantize_matmul_nbits(stored.weight, stored.weight_scale, None, layer.bits)
-    return float(nn.functional.linear(x.abs().float(), weight.abs()).nan_to_num(posinf=0.0).max())
+    return float(nn.functional.linear(x.abs().float(), layer.weight.abs()).nan_to_num(posinf=0.0).max())
 
 
 def _same(a: Tensor | None, b: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """The public functions: names are resolved here, and the floors below are joined."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ from isogrid.formats import Format, named_format
 from isogrid.planning import Plan, Rule, Scheme, scheme_from_name
 from isogrid.planning import convert as convert
 from isogrid.planning import prepare as prepare
+from isogrid.planning.arguments import arguments_of
 from isogrid.planning.capture import capture
 from isogrid.planning.exchange import apart
 from isogrid.planning.placement import Placement
-from isogrid.planning.plan import InputSpec
 from isogrid.planning.state import is_prepared, prepared_state
 from isogrid.targets import Artifact, LoadedModel, load_artifact, target_from_name
 from isogrid.training import Phase, Schedule, calibrate, parameter_groups, reestimate_batch_norm, restore, save
@@ -39,7 +39,7 @@ def plan(
     scheme: str | Scheme | Sequence[Rule] = "w8a8",
     rules: Sequence[Rule] = (),
     *,
-    example_inputs: Sequence[Any],
+    example_inputs: Sequence[Any] | Mapping[str, Any],
 ) -> Plan:
     """Decide for every weight and activation of a model in which format it is stored, and say why.
 
@@ -50,7 +50,9 @@ def plan(
         target: the runtime, by name; the scheme's own if not given, which is ONNX Runtime for most.
         scheme: a scheme's name, or rules, which then stand before the default scheme `w8a8`.
         rules: exceptions from the scheme; the first that matches wins.
-        example_inputs: arguments of the model's forward, as a tuple.
+        example_inputs: arguments of the model's forward: a tuple, or a dictionary of keyword arguments. They are
+            tensors, None, numbers, strings, and tuples, lists and dictionaries of these; all but the tensors are fixed
+            from then on.
 
     Returns:
         A plan; `print(plan)` shows every site with its format and reason, and all that stays float.
@@ -66,12 +68,6 @@ def plan(
     >>> [site.name for site in plan(model, scheme="w8a8", example_inputs=(torch.zeros(1, 4),)).sites]
     ['0.weight', '2.weight', '0.output', '0.input']
     """
-    if not isinstance(example_inputs, tuple | list):
-        raise PlanError("example_inputs is a tuple of the arguments of forward: example_inputs=(x,).")
-    if not all(isinstance(x, Tensor) for x in example_inputs):
-        raise PlanError(
-            "example_inputs are tensors. Wrap a model that takes other arguments in one that takes tensors."
-        )
     if is_prepared(model):
         raise PlanError("The model is prepared already; plan the float model.")
     if not isinstance(scheme, str | Scheme):
@@ -79,10 +75,10 @@ def plan(
     chosen = scheme_from_name(scheme) if isinstance(scheme, str) else scheme
     runtime = target_from_name(chosen.target if target is None else target)
     chosen = runtime.scheme_for(chosen)
-    inputs = tuple(InputSpec(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in example_inputs)
+    arguments = arguments_of(model, example_inputs)
     with apart(model):
         graph = capture(model, example_inputs)
-        return Placement(model, graph, runtime, chosen, tuple(rules), inputs).plan()
+        return Placement(model, graph, runtime, chosen, tuple(rules), arguments).plan()
 
 
 def export(model: nn.Module, path: str | Path) -> Artifact:

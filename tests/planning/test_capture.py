@@ -77,7 +77,7 @@ def test_the_model_is_left_alone() -> None:
         lambda m, x, y: x + 1.0,
         lambda m, x, y: 1.0 + x,
         lambda m, x, y: torch.add(x, y, alpha=2),
-        lambda m, x, y: x.long() + y.long(),
+        lambda m, x, y: x + y.long(),
         lambda m, x, y: x[:, :1] + y[:1],
         lambda m, x, y: torch.add(x, y, out=torch.empty(2, 3)),
         lambda m, x, y: x + torch.tensor(1.0),
@@ -89,6 +89,11 @@ def test_what_is_no_site_says_why(function) -> None:  # type: ignore[no-untyped-
     calls = capture(Lambda(function), (torch.ones(2, 3), torch.ones(2, 3))).calls
     assert [call.kind for call in calls if call.name in ("add", "mean")] == ["float"]
     assert all(call.reason for call in calls if call.name in ("add", "mean"))
+
+
+def test_whole_numbers_are_not_counted() -> None:
+    calls = capture(Lambda(lambda m, x, y: (x.long() + y.long(), x + y)), (torch.ones(2, 3), torch.ones(2, 3))).calls
+    assert [(call.name, call.kind) for call in calls if call.kind == "add"] == [("add", "add")]
 
 
 def test_a_write_through_a_view_makes_a_new_value() -> None:

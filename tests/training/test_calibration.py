@@ -5,7 +5,6 @@ from torch import Tensor, nn
 import isogrid as ig
 from isogrid.errors import NonFiniteError, NotCalibratedError, PlanError
 from isogrid.planning.state import quantizers
-from isogrid.training.calibration import arguments_of, run_batch
 from tests.models import make, prepared
 
 
@@ -63,8 +62,9 @@ def test_batches_as_loaders_give_them() -> None:
     with pytest.raises(PlanError, match="has 1 elements and the model takes 2"):
         ig.calibrate(model, [(inputs[0],)])
     with pytest.raises(PlanError, match="not a int"):
-        arguments_of(3, 1)
-    assert run_batch(nn.Identity(), {"input": 3}, 1) == 3
+        ig.calibrate(model, [3])
+    with pytest.raises(PlanError, match=r"no 'z'; it has x, label\. The model takes x, z"):
+        ig.calibrate(model, [{"x": inputs[0], "label": 1}])
 
 
 def test_nothing_to_calibrate_with() -> None:

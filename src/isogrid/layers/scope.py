@@ -89,7 +89,7 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in CONSTRUCTORS:
             return func(*args, **kwargs)
-        kind = OPERATION_KINDS.get(func)
+        kind = OPERATION_KINDS.get(func) if takes_floats(args, kwargs) else None
         with torch._C.DisableTorchFunction():
             return func(*args, **kwargs) if kind is None else self._call(kind, func, args, kwargs)
 
@@ -105,6 +105,19 @@ class _Calls(TorchFunctionMode):
             return site(func, *args, **kwargs)
         # Whoever holds the tensor must find the result in it. A site may save its input for backward, hence the clone.
         return args[0].copy_(site(func, args[0].clone(), *args[1:], **kwargs))
+
+
+def takes_floats(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call has a floating-point tensor among its arguments, so that it can be a site and is counted.
+
+    >>> takes_floats((torch.zeros(1, dtype=torch.int64), 1), {}), takes_floats(([torch.zeros(1)],), {"dim": 0})
+    (False, True)
+    """
+    for value in (*args, *kwargs.values()):
+        for x in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(x, Tensor) and x.is_floating_point():
+                return True
+    return False
 
 
 def site_name(kind: str, counts: dict[str, int]) -> str:

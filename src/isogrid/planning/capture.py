@@ -4,20 +4,20 @@ Nothing is traced or compiled: the model runs as it is, once, while a function m
 the run did is a plan's raw material; training never depends on it, except that a site is found again by its name.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from isogrid.errors import CaptureError
 from isogrid.layers import activations
 from isogrid.layers.borrowed import BorrowedLinear
 from isogrid.layers.clamp import CLAMPS, Clamp, clamp_of
-from isogrid.layers.scope import OPERATION_KINDS, is_container, site_name, tensors_first
+from isogrid.layers.scope import OPERATION_KINDS, is_container, site_name, takes_floats, tensors_first
 from isogrid.planning.classify import (
     MOVING_FUNCTIONS,
     calls_site,
@@ -32,9 +32,10 @@ from isogrid.planning.classify import (
 )
 from isogrid.planning.graph import Call, Graph
 from isogrid.planning.stubs import stub_of
+from isogrid.planning.values import tensors_in
 
 
-def capture(model: nn.Module, example_inputs: Sequence[Any]) -> Graph:
+def capture(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any]) -> Graph:
     """The calls that a model makes on example inputs, in evaluation mode and without gradients.
 
     Raises:
@@ -45,19 +46,21 @@ def capture(model: nn.Module, example_inputs: Sequence[Any]) -> Graph:
     [('0', 'linear'), ('1.relu', 'clamp')]
     """
     recorder = _Recorder(model)
-    tensors = [leaf for leaf in tree_leaves(tuple(example_inputs)) if isinstance(leaf, Tensor)]
+    named = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+    positional = () if isinstance(example_inputs, Mapping) else tuple(example_inputs)
+    tensors = tensors_in((positional, named))
     if any(tensor.numel() == 0 for tensor in tensors):
         raise CaptureError("The example inputs are empty. Give the model at least one example.")
     inputs = tuple(recorder.new_value(tensor) for tensor in tensors)
     with _evaluating(model), _no_fast_path(), torch.no_grad(), recorder.looking_on():
         try:
-            result = model(*example_inputs)
+            result = model(*positional, **named)
         except Exception as error:
             raise CaptureError(
                 f"The model does not run on the example inputs: {type(error).__name__}: {error}. "
-                "Pass the arguments of its forward as a tuple, example_inputs=(x,)."
+                "Pass the arguments of its forward as a tuple, example_inputs=(x,), or as a dictionary of keywords."
             ) from error
-    outputs = tuple(recorder.value(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+    outputs = tuple(recorder.value(tensor) for tensor in tensors_in(result))
     if not outputs:
         raise CaptureError(
             f"The model returns a {type(result).__name__} with no tensor in it that can be found. "
@@ -158,17 +161,18 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._unit is not None:
             return func(*args, **kwargs)
-        before = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        before = tensors_in((args, kwargs))
         inputs = tuple(self.value(tensor) for tensor in before)
         result = func(*args, **kwargs)
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        outputs = tensors_in(result)
         what = self._classify(func, args, kwargs, outputs)
         if what.kind == "activation":  # the parameter of PReLU is no operand
             operand = tensors_first(what.kind, args, kwargs)[0][0]
             inputs = tuple(number for x, number in zip(before, inputs, strict=True) if x is operand)[:1]
         # A function may return its argument as it is: Tensor.to, Tensor.contiguous.
         unchanged = all(any(o is x for x in before) and self._is_current(o) for o in outputs)
-        if outputs and inputs and not (unchanged and what.kind in ("float", "pass")):
+        computes_floats = any(x.is_floating_point() for x in (*before, *outputs))
+        if computes_floats and outputs and inputs and not (unchanged and what.kind in ("float", "pass")):
             self._record(what, _name(func), inputs, outputs, self._scope().module)
         return result
 
@@ -178,7 +182,7 @@ class _Recorder(TorchFunctionMode):
     def _classify(self, func: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor]) -> "_What":
         """What a function call is; its name counts the calls of its kind within its scope."""
         function = _name(func)
-        kind = OPERATION_KINDS.get(func)
+        kind = OPERATION_KINDS.get(func) if takes_floats(args, kwargs) else None
         if kind is None:
             if "dropout" in function:
                 return _What("dropout", function)
@@ -221,8 +225,8 @@ class _Recorder(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 # A stub returns its argument; what comes after it must not be taken for what came before.
                 aliased = tree_map_only(Tensor, torch.ops.aten.alias.default, result)
-                inputs = tuple(self.value(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
-                outputs = [leaf for leaf in tree_leaves(aliased) if isinstance(leaf, Tensor)]
+                inputs = tuple(self.value(tensor) for tensor in tensors_in(result))
+                outputs = tensors_in(aliased)
                 self._record(_What("pass", None), stub, inputs, outputs, module)
             return aliased
         if self._unit is module:
@@ -232,8 +236,8 @@ class _Recorder(TorchFunctionMode):
         return None
 
     def _record_module(self, module: nn.Module, arguments: Any, result: Any) -> None:
-        inputs = tuple(self.value(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        inputs = tuple(self.value(tensor) for tensor in tensors_in(arguments))
+        outputs = tensors_in(result)
         reason = why_module_is_float(module, outputs[0]) if outputs else ""
         kind = "float" if reason else kind_of(module)
         type_ = "Linear" if isinstance(module, BorrowedLinear) else type(module).__name__

@@ -14,11 +14,12 @@ from isogrid.errors import FormatError, PlanError
 from isogrid.formats import Format, named_format
 from isogrid.layers.borrowed import TakenApart
 from isogrid.layers.weights import weight_key, weight_of
+from isogrid.planning.arguments import Arguments
 from isogrid.planning.chains import Chain, find_chains
 from isogrid.planning.graph import COMPUTING_KINDS, LAYER_KINDS, Call, Graph
 from isogrid.planning.grids import Grids
 from isogrid.planning.norms import as_convolutions, lone_norms
-from isogrid.planning.plan import InputSpec, LayerPlan, OperationPlan, Plan, Site
+from isogrid.planning.plan import LayerPlan, OperationPlan, Plan, Site
 from isogrid.planning.rules import Rule, Scheme, unmatched_rule_error
 from isogrid.planning.stubs import outside_stubs
 from isogrid.planning.tables import idle_tables
@@ -47,7 +48,7 @@ class Placement:
     """Builds a plan; `plan()` is the result.
 
     Attributes:
-        model, graph, target, scheme, rules, inputs: what is given.
+        model, graph, target, scheme, rules, arguments: what is given.
         choices: what is quantised, by name.
         floats: what a rule or the target keeps in float, with the reason.
     """
@@ -57,7 +58,7 @@ class Placement:
     target: Target
     scheme: Scheme
     rules: Sequence[Rule]
-    inputs: tuple[InputSpec, ...]
+    arguments: Arguments
     choices: dict[str, Choice] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)
     _norms: set[str] = field(default_factory=set)
@@ -265,7 +266,7 @@ class Placement:
             operations=tuple(operations),
             scopes=self._scopes(operations, chains),
             floats=self._float_rows(planned | absorbed),
-            inputs=self.inputs,
+            arguments=self.arguments,
             apart=tuple(
                 path
                 for path, module in self.model.named_modules()

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from isogrid.errors import PlanError
 from isogrid.layers.clamp import Clamp
+from isogrid.planning.arguments import Arguments, InputSpec
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,6 @@ class OperationPlan:
 
 
 @dataclass(frozen=True)
-class InputSpec:
-    """Shape and dtype of one example input, enough to make another like it."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
 class Plan:
     """Every site of a model with its format and the reason, and all that stays float.
 
@@ -108,7 +101,7 @@ class Plan:
         layers, operations: what `prepare` does.
         scopes: paths of modules whose forward is watched, with the calls that other layers do for them.
         floats: name and reason of what stays float.
-        inputs: of the model.
+        arguments: of the model's forward.
         apart: paths of modules of several products, such as nn.LSTM, that are taken apart into layers.
     """
 
@@ -120,8 +113,13 @@ class Plan:
     operations: tuple[OperationPlan, ...]
     scopes: dict[str, tuple[str, ...]]
     floats: tuple[tuple[str, str], ...]
-    inputs: tuple[InputSpec, ...] = field(default=())
+    arguments: Arguments = field(default_factory=Arguments)
     apart: tuple[str, ...] = field(default=())
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """The tensors among the arguments, in the order in which an artefact takes them."""
+        return self.arguments.tensors
 
     def site(self, name: str) -> Site:
         """A site by name."""
@@ -152,7 +150,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text, which `from_json` reads back to an equal plan."""
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps({**asdict(self), "arguments": self.arguments.to_json()}, indent=1)
 
     @staticmethod
     def from_json(text: str) -> "Plan":
@@ -177,7 +175,7 @@ class Plan:
                 apart=tuple(data["apart"]),
                 scopes={path: tuple(skipped) for path, skipped in data["scopes"].items()},
                 floats=tuple((name, reason) for name, reason in data["floats"]),
-                inputs=tuple(InputSpec(tuple(spec["shape"]), spec["dtype"]) for spec in data["inputs"]),
+                arguments=Arguments.from_json(data["arguments"]),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise PlanError(

@@ -46,7 +46,7 @@ def finish(model: ir.Model) -> onnx.ModelProto:
     _name_codes(model.graph)
     _remove_round_trips(model.graph)
     write_activations(model)
-    optimizer.optimize(model)
+    optimizer.optimize_ir(model, should_fold=_should_fold)
     common.IdentityEliminationPass()(model)
     _make_scalars(model.graph)
     _prepare_weights(model)
@@ -57,6 +57,13 @@ def finish(model: ir.Model) -> onnx.ModelProto:
     proto = ir.to_proto(model)
     del proto.graph.value_info[:]
     return proto
+
+
+def _should_fold(node: ir.Node) -> bool | None:
+    """Rows of a table stay rows of the table, also where it is known which; of all else the optimiser decides."""
+    table = node.inputs[0] if node.op_type == "Gather" else None
+    is_table = table is not None and table.is_initializer() and table.dtype in (ir.DataType.INT8, ir.DataType.FLOAT)
+    return False if is_table else None
 
 
 def _name_codes(graph: ir.Graph) -> None:

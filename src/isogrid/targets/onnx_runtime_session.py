@@ -92,18 +92,15 @@ def optimized_graph(path: str | Path, options: Mapping[str, str]) -> onnx.ModelP
 
 
 def quantized_tensors(model: onnx.ModelProto) -> list[str]:
-    """Names of the tensors of codes that depend on the input.
+    """Names of the tensors of codes; weights are stored as codes and not among them.
 
     They are what QuantizeLinear makes, clipped if it is, and what is looked up in tables, as the Reshape leaves it.
     """
-    constant = {tensor.name for tensor in model.graph.initializer}
     consumers: dict[str, list[onnx.NodeProto]] = {}
     quantized: list[str] = []
     looked_up: set[str] = set()
     for node in model.graph.node:
-        if node.op_type == "Constant" or (node.input and all(name in constant for name in node.input if name)):
-            constant.update(node.output)
-        elif node.op_type == "QuantizeLinear":
+        if node.op_type == "QuantizeLinear":
             quantized.append(node.output[0])
         elif node.op_type == LOOK_UP:
             looked_up.add(node.output[0])

@@ -1,7 +1,6 @@
 """ONNX Runtime on CPU: integers end to end, or weights of 2, 4 and 8 bits under float arithmetic."""
 
 import hashlib
-import inspect
 import json
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +19,7 @@ from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
 from isogrid.planning.rules import Scheme
 from isogrid.targets.artifact import Artifact, read_artifact, write_artifact
+from isogrid.targets.flat import flat_forward
 from isogrid.targets.onnx_export import to_onnx
 from isogrid.targets.onnx_runtime_session import STATIC_OPTIONS, WEIGHT_ONLY_OPTIONS
 from isogrid.targets.onnxruntime_model import OnnxRuntimeModel
@@ -121,9 +121,9 @@ class OnnxRuntime:
             path: of the file; its sidecar is `<path>.json`.
         """
         path = Path(path)
-        names = _input_names(integer_model)
-        inputs = tuple(torch.zeros(s.shape, dtype=getattr(torch, s.dtype)) for s in plan.inputs)
-        proto = to_onnx(integer_model, inputs, input_names=names[: len(inputs)] or None)
+        inputs = tuple(spec.zeros() for spec in plan.inputs)
+        with flat_forward(integer_model, plan.arguments):
+            proto = to_onnx(integer_model, inputs, input_names=[spec.name for spec in plan.inputs])
         versions = _versions()
         compact = json.dumps(json.loads(plan.to_json()), separators=(",", ":"))
         properties = {
@@ -187,9 +187,3 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "unknown"
     return {**found, "onnxruntime": onnxruntime.__version__}
-
-
-def _input_names(model: nn.Module) -> list[str]:
-    """The names of the arguments of a model's own forward, also where a scope wraps it."""
-    parameters = inspect.signature(type(model).forward).parameters.values()
-    return [p.name for p in parameters if p.name != "self" and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

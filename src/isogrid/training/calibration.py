@@ -1,6 +1,6 @@
 """Calibration: a good start for every range, from data."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
-from isogrid.errors import NonFiniteError, NotCalibratedError, PlanError
+from isogrid.errors import NonFiniteError, NotCalibratedError
 from isogrid.layers.weights import refresh_weights, weight_of
+from isogrid.planning.arguments import Arguments
 from isogrid.planning.state import activation_quantizers, prepared_state, quantizers, weight_quantizers
 
 
@@ -23,13 +24,14 @@ def calibrate(
 
     Args:
         model: prepared.
-        batches: each is the model's arguments: a tensor, a tuple or list of arguments, or a dictionary of keyword
-            arguments. Of a tuple or list, as many leading elements are passed as the plan's example inputs were, so
-            that a loader of (inputs, labels) works as it is.
+        batches: each has the model's arguments: a tensor, a tuple or list, or a dictionary. Those that the plan's
+            example inputs had are passed: of a tuple or list as many leading elements, of a dictionary the entries of
+            their names, so that a loader of inputs and labels works as it is.
         forward: how to run the model on a batch, where that is not enough.
 
     Raises:
         NotCalibratedError: there are no batches, one is empty, or a site saw nothing.
+        PlanError: a batch lacks an argument.
         NonFiniteError: NaN or infinity flows through a site, which is named.
 
     >>> import isogrid as ig
@@ -40,7 +42,7 @@ def calibrate(
     >>> calibrate(model, [x])[0].input_quantizer.is_calibrated
     True
     """
-    count = len(prepared_state(model).plan.inputs)
+    arguments = prepared_state(model).plan.arguments
     found = quantizers(model)
     flags = {module: module.training for module in model.modules()}
     switches = {q: (q.enabled, q.observing) for q in found.values()}
@@ -55,7 +57,7 @@ def calibrate(
         with torch.no_grad(), naming_where(model):
             for batch in batches:
                 check_not_empty(batch, seen)
-                run_batch(model, batch, count) if forward is None else forward(model, batch)
+                run_batch(model, batch, arguments) if forward is None else forward(model, batch)
                 seen += 1
         if not seen:
             raise NotCalibratedError("There is no batch to calibrate with. Pass at least one.")
@@ -119,34 +121,13 @@ def check_not_empty(batch: Any, number: int) -> None:
         raise NotCalibratedError(f"Batch {number} is empty, so there is nothing to calibrate with. Leave it out.")
 
 
-def run_batch(model: nn.Module, batch: Any, count: int) -> Any:
-    """Run a model on a batch as a loader gives it; see `arguments_of`.
+def run_batch(model: nn.Module, batch: Any, arguments: Arguments) -> Any:
+    """Run a model on a batch as a loader gives it; see `Arguments.of_batch`.
 
-    >>> run_batch(nn.Identity(), (torch.ones(1), "label"), 1)
+    >>> from isogrid.planning.arguments import InputSpec
+    >>> x = InputSpec((1,), "float32", "input")
+    >>> run_batch(nn.Identity(), (torch.ones(1), "label"), Arguments((x,), {}, ("input",)))
     tensor([1.])
     """
-    return model(**batch) if isinstance(batch, Mapping) else model(*arguments_of(batch, count))
-
-
-def arguments_of(batch: Any, count: int) -> tuple[Any, ...]:
-    """The arguments of a model in a batch: a tensor, or the leading elements of a sequence.
-
-    Args:
-        batch: as a loader gives it; labels may follow the inputs.
-        count: how many arguments the model takes.
-
-    Raises:
-        PlanError: the batch is neither, or too short.
-
-    >>> arguments_of(("x", "mask", "label"), count=2)
-    ('x', 'mask')
-    """
-    if isinstance(batch, Tensor):
-        return (batch,)
-    if isinstance(batch, Mapping):
-        return tuple(batch.values())[:count]
-    if isinstance(batch, Sequence) and not isinstance(batch, str):
-        if len(batch) < count:
-            raise PlanError(f"A batch has {len(batch)} elements and the model takes {count}.")
-        return tuple(batch[:count])
-    raise PlanError(f"A batch is a tensor, a sequence or a dictionary, not a {type(batch).__name__}.")
+    positional, named = arguments.filled(arguments.of_batch(batch))
+    return model(*positional, **named)

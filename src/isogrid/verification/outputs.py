@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from isogrid.planning.values import map_tensors, tensors_in
 from isogrid.verification.report import EndToEnd, OutputCheck
 from isogrid.verification.survey import Origin
 from isogrid.verification.tally import Tally
@@ -37,8 +37,7 @@ class Outputs:
             batch: as it came, for the metric.
             examples: in this batch.
         """
-        leaves, structure = tree_flatten(result)
-        expected = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        expected = tensors_in(result)
         self.examples += examples
         for tally, a, b in zip(self.tallies, actual, expected, strict=False):
             tally.add(a, b)
@@ -46,8 +45,8 @@ class Outputs:
             self._compare_classes(actual[0], expected[0])
             if self.metric is not None:
                 values = iter(actual)
-                theirs = [next(values) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-                for index, outputs in enumerate((tree_unflatten(theirs, structure), result)):
+                theirs = map_tensors(lambda _: next(values), result)
+                for index, outputs in enumerate((theirs, result)):
                     self.metrics[index] += float(self.metric(outputs, batch)) * examples
 
     def _compare_classes(self, actual: Tensor, expected: Tensor) -> None:

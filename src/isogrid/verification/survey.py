@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from isogrid.planning.values import tensors_in
 from isogrid.verification.reference import Quantization, View, viewed
 
 EXACT_OPERATIONS = frozenset(
@@ -97,25 +98,30 @@ class Survey(View):
         self.layers_from[name] = self._tracker.origin(x)
         return x
 
-    def run(self, reference: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def fill(self, reference: nn.Module, run: Callable[[], Any]) -> None:
         """Fill it in."""
         with torch.no_grad(), viewed(reference, self), self._tracker:
-            result = reference(*inputs)
-        self.outputs = [self._tracker.origin(x) for x in tree_leaves(result) if isinstance(x, Tensor)]
+            result = run()
+        self.outputs = [self._tracker.origin(x) for x in tensors_in(result)]
 
     def _multiplied(self, macs: int) -> None:
         self.work.append(self._calls[-1]._replace(macs=macs))
 
 
-def survey(reference: nn.Module, inputs: tuple[Any, ...]) -> Survey:
+def survey(reference: nn.Module, run: Callable[[], Any]) -> Survey:
     """Run the reference once and note where every value comes from, and all that multiplies.
 
-    >>> found = survey(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), (torch.zeros(2, 4),))
+    Args:
+        reference: of `isogrid.convert`.
+        run: runs it and returns what it returns.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    >>> found = survey(model, lambda: model(torch.zeros(2, 4)))
     >>> found.outputs, found.work
     ([Origin(exact=False, depth=1.0)], [Work(layer='0', path='0', macs=24)])
     """
     found = Survey()
-    found.run(reference, inputs)
+    found.fill(reference, run)
     return found
 
 

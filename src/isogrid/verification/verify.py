@@ -1,20 +1,20 @@
 """Verify: hold everything a runtime computes against `convert(model)`."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from isogrid.errors import ArtifactError
 from isogrid.planning.convert import convert
 from isogrid.planning.plan import Plan
 from isogrid.planning.state import prepared_state
+from isogrid.planning.values import tensors_in
 from isogrid.targets import Artifact, LoadedModel, Observed, load_artifact, read_artifact
-from isogrid.training.calibration import arguments_of
 from isogrid.verification.graph import check_graph
 from isogrid.verification.names import Paths, site_of
 from isogrid.verification.outputs import Metric, Outputs, batch_size
@@ -66,7 +66,7 @@ class _Verification:
 
     def add(self, batch: Any) -> None:
         """One batch; an empty one is skipped."""
-        inputs = inputs_of(batch, self.loaded.input_names)
+        inputs = tuple(x.detach().cpu() for x in self.plan.arguments.of_batch(batch))
         examples = batch_size(inputs)
         if examples == 0:
             return
@@ -74,9 +74,9 @@ class _Verification:
             self._begin(inputs)
         noted = _Notes()
         with torch.no_grad(), viewed(self.reference, noted):
-            result = self.reference(*inputs)
+            result = self.run(inputs)
         seen = self._observed(inputs, noted.seen)
-        expected = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        expected = tensors_in(result)
         self.output_counts = len(seen.outputs), len(expected)
         for name, values in seen.codes.items():
             if name in noted.seen:
@@ -87,6 +87,11 @@ class _Verification:
                 self.unknown.add(name)
         self.replays.add(inputs, seen, noted.seen, expected)
         self.outputs.add(seen.outputs, result, batch, examples)
+
+    def run(self, inputs: tuple[Tensor, ...]) -> Any:
+        """The reference's result on the tensors that an artefact takes."""
+        positional, named = self.plan.arguments.filled(inputs)
+        return self.reference(*positional, **named)
 
     def _observed(self, inputs: tuple[Any, ...], noted: Mapping[str, Tensor]) -> Observed:
         """What the runtime computes, under the reference's names and in its shapes."""
@@ -99,8 +104,8 @@ class _Verification:
 
     def _begin(self, inputs: tuple[Any, ...]) -> None:
         self.first = inputs
-        self.survey = survey(self.reference, inputs)
-        self.replays = Replays(self.reference, self.survey)
+        self.survey = survey(self.reference, partial(self.run, inputs))
+        self.replays = Replays(self.reference, self.run, self.survey)
         self.outputs = Outputs(self.survey.outputs, self.metric)
 
     def report(self) -> VerificationReport:
@@ -148,28 +153,3 @@ class _Notes(View):
     def codes(self, name: str, codes: Tensor, source: Quantization | None) -> Tensor:
         self.seen[name] = codes
         return codes
-
-
-def inputs_of(batch: Any, names: Sequence[str]) -> tuple[Any, ...]:
-    """The inputs of a model in a batch as a loader gives it, on the CPU.
-
-    Args:
-        batch: a tensor, a sequence that begins with the inputs, or a dictionary that has them by name.
-        names: of the model's arguments, in order.
-
-    Raises:
-        ArtifactError: a dictionary lacks an input.
-
-    >>> inputs_of({"label": 1, "y": torch.ones(1), "x": torch.zeros(1)}, ["x", "y"])
-    (tensor([0.]), tensor([1.]))
-    """
-    if isinstance(batch, Mapping):
-        missing = [name for name in names if name not in batch]
-        if missing:
-            raise ArtifactError(
-                f"A batch has no {missing[0]!r}; it has {', '.join(map(str, batch))}. "
-                f"The artefact takes {', '.join(names)}."
-            )
-        batch = [batch[name] for name in names]
-    arguments = arguments_of(batch, len(names))
-    return tuple(x.detach().cpu() if isinstance(x, Tensor) else x for x in arguments)

@@ -1,0 +1,108 @@
+"""Encoders of text and sound."""
+
+from architectures.building import ENCODER, SOUND, TEXT, Architecture, configured, mel, of, sound, spectrogram, text
+
+SEQUENCES: dict[str, Architecture] = {
+    "BERT": of("BertForSequenceClassification", "BertConfig", text, **TEXT),
+    "MiniLM": of(
+        "BertModel", "BertConfig", text, **{**TEXT, "num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 4}
+    ),
+    "DistilBERT": of(
+        "DistilBertForSequenceClassification",
+        "DistilBertConfig",
+        text,
+        vocab_size=99,
+        dim=32,
+        hidden_dim=64,
+        n_layers=2,
+        n_heads=2,
+        max_position_embeddings=40,
+    ),
+    "RoBERTa": of("RobertaForTokenClassification", "RobertaConfig", text, pad_token_id=1, **TEXT),
+    "XLM-RoBERTa": of("XLMRobertaForSequenceClassification", "XLMRobertaConfig", text, pad_token_id=1, **TEXT),
+    "ALBERT": of("AlbertForSequenceClassification", "AlbertConfig", text, embedding_size=16, **TEXT),
+    "ELECTRA": of("ElectraForSequenceClassification", "ElectraConfig", text, embedding_size=16, **TEXT),
+    "MPNet": of("MPNetForSequenceClassification", "MPNetConfig", text, pad_token_id=1, **TEXT),
+    "DeBERTa": of(
+        "DebertaForSequenceClassification",
+        "DebertaConfig",
+        text,
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+        position_biased_input=False,
+        **TEXT,
+    ),
+    "DeBERTaV2": of(
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2Config",
+        text,
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+        position_buckets=8,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        position_biased_input=False,
+        **TEXT,
+    ),
+    "MobileBERT": of(
+        "MobileBertForSequenceClassification",
+        "MobileBertConfig",
+        text,
+        embedding_size=16,
+        intra_bottleneck_size=16,
+        **TEXT,
+    ),
+    "SqueezeBERT": of("SqueezeBertForSequenceClassification", "SqueezeBertConfig", text, embedding_size=32, **TEXT),
+    "ConvBERT": of(
+        "ConvBertForSequenceClassification", "ConvBertConfig", text, embedding_size=16, head_ratio=1, **TEXT
+    ),
+    "FNet": of("FNetForSequenceClassification", "FNetConfig", lambda: {"input_ids": text()["input_ids"]}, **TEXT),
+    "ModernBERT": of(
+        "ModernBertForSequenceClassification",
+        "ModernBertConfig",
+        text,
+        pad_token_id=0,
+        global_attn_every_n_layers=2,
+        **TEXT,
+    ),
+    "T5 encoder": of(
+        "T5EncoderModel", "T5Config", text, vocab_size=99, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2
+    ),
+    "Whisper encoder": Architecture(
+        lambda: configured(
+            "WhisperModel",
+            "WhisperConfig",
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            num_mel_bins=16,
+            max_source_positions=32,
+            vocab_size=99,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+        ).get_encoder(),
+        mel,
+    ),
+    "Wav2Vec2": of("Wav2Vec2ForCTC", "Wav2Vec2Config", sound, **SOUND),
+    "HuBERT": of("HubertForCTC", "HubertConfig", sound, **SOUND),
+    "WavLM": of("WavLMForCTC", "WavLMConfig", sound, **SOUND),
+    "Data2Vec audio": of("Data2VecAudioForCTC", "Data2VecAudioConfig", sound, **SOUND),
+    "UniSpeech-SAT": of("UniSpeechSatForCTC", "UniSpeechSatConfig", sound, **SOUND),
+    "AST": of(
+        "ASTForAudioClassification",
+        "ASTConfig",
+        spectrogram,
+        patch_size=8,
+        frequency_stride=8,
+        time_stride=8,
+        max_length=32,
+        num_mel_bins=16,
+        **ENCODER,
+    ),
+}

@@ -1,0 +1,278 @@
+"""Architectures, unchanged, through the whole flow: plan, prepare, calibrate, train, convert, export, verify.
+
+Every model is small and has random weights: what is shown is how much of it computes in integers and whether ONNX
+Runtime computes what was trained, not accuracy. A model that fails must fail with an error of Isogrid's.
+
+    python benchmarks/zoo.py
+    python benchmarks/zoo.py --only ResNet BERT --json zoo.json
+    python benchmarks/zoo.py --write docs/zoo.md
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import tempfile
+import time
+import traceback
+import warnings
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from architectures import ZOO
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import isogrid as ig
+from isogrid.errors import IsogridError
+from isogrid.planning.values import tensors_in
+
+LAYER_OPERATORS = ("convolution", "addmm", "mm")
+"""What PyTorch calls to multiply by weights; other products are of activations with each other."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one architecture.
+
+    Attributes:
+        name: of the architecture.
+        stage: the last that was begun, or "verified".
+        reason: why it failed; empty where it did not.
+        inside: whether the error is none of Isogrid's own.
+        layers, products: share of the multiplications that ONNX Runtime does on integers: of convolutions and linear
+            layers, and of all.
+        differing, compared: codes.
+        seconds: for everything.
+        left: what else stays float, by kind, most frequent first.
+    """
+
+    name: str
+    stage: str
+    reason: str = ""
+    inside: bool = False
+    layers: float | None = None
+    products: float | None = None
+    differing: int | None = None
+    compared: int | None = None
+    seconds: float = 0.0
+
+    @property
+    def verified(self) -> bool:
+        """Whether every bound of the verification held."""
+        return self.stage == "verified"
+
+
+def run(model: nn.Module, inputs: Any) -> Any:
+    """A model's result on a tuple of arguments or a dictionary of them."""
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def multiplications(model: nn.Module, inputs: Any) -> tuple[int, int]:
+    """Multiplications of a float model for one batch: those with weights, and all."""
+    counter = FlopCounterMode(display=False)
+    # Without fused kernels, so that an LSTM shows its products.
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), counter:
+        run(model.eval(), inputs)
+    counts = {str(op).rpartition(".")[2]: flops // 2 for op, flops in counter.get_flop_counts()["Global"].items()}
+    return sum(counts.get(name, 0) for name in LAYER_OPERATORS), sum(counts.values())
+
+
+def train(model: nn.Module, batches: list[Any]) -> None:
+    """A step on each batch, towards zero."""
+    optimizer = torch.optim.SGD(ig.parameter_groups(model, lr=1e-4))
+    model.train()
+    for batch in batches:
+        optimizer.zero_grad()
+        outputs: list[Tensor] = [x for x in tensors_in(run(model, batch)) if x.requires_grad]
+        torch.stack([x.square().mean() for x in outputs]).sum().backward()
+        optimizer.step()
+
+
+def attempt(name: str) -> Row:
+    """Take one architecture through the flow."""
+    stage, start = "build", time.monotonic()
+
+    def failed(reason: str, inside: bool) -> Row:
+        return Row(name, stage, reason, inside, seconds=time.monotonic() - start)
+
+    try:
+        torch.manual_seed(0)
+        architecture = ZOO[name]
+        model, batches = architecture.build(), [architecture.inputs() for _ in range(2)]
+        of_layers, of_all = multiplications(model, batches[0])
+        stage = "plan"
+        plan = ig.plan(model, "onnxruntime", "w8a8", example_inputs=batches[0])
+        stage = "prepare"
+        ig.prepare(model, plan)
+        stage = "calibrate"
+        ig.calibrate(model, batches)
+        stage = "train"
+        train(model, batches)
+        stage = "convert"
+        ig.convert(model)
+        with tempfile.TemporaryDirectory() as folder:
+            stage = "export"
+            artifact = ig.export(model, Path(folder, "model.onnx"))
+            stage = "verify"
+            report = ig.verify(model, artifact, batches)
+    except IsogridError as error:
+        return failed(f"{type(error).__name__}: {error}", inside=False)
+    except Exception:
+        return failed(traceback.format_exc(), inside=True)
+    layers = {layer.path for layer in plan.layers} | {
+        f"{operation.scope}.{operation.site}".lstrip(".")
+        for operation in plan.operations
+        if operation.kind in ("linear", "convolution")
+    }
+    examples = 2
+    integer = [(check.name, check.macs * examples) for check in report.graph if check.arithmetic == "integer"]
+    own = sum(macs for path, macs in integer if path in layers or path.rpartition("_")[0] in layers)
+    return Row(
+        name,
+        "verified" if report else "verify",
+        "; ".join(report.failures),
+        layers=own / of_layers if of_layers else None,
+        products=sum(macs for _, macs in integer) / of_all if of_all else None,
+        differing=report.differing_codes,
+        compared=report.compared_codes,
+        seconds=time.monotonic() - start,
+    )
+
+
+def work(pipe: Connection) -> None:
+    """Attempt what is asked for until nothing more is."""
+    import transformers
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    while (name := pipe.recv()) is not None:
+        pipe.send(attempt(name))
+
+
+class Worker:
+    """A process for the attempts, so that a model that takes its process down, or never ends, takes no more."""
+
+    def __init__(self, limit: float):
+        self.limit = limit
+        self.process: BaseProcess | None = None
+
+    def attempt(self, name: str) -> Row:
+        """What became of one architecture."""
+        if self.process is None:
+            context = multiprocessing.get_context("spawn")
+            self.pipe, theirs = context.Pipe()
+            self.process = context.Process(target=work, args=(theirs,), daemon=True)
+            self.process.start()
+            theirs.close()
+        self.pipe.send(name)
+        try:
+            if self.pipe.poll(self.limit):
+                return self.pipe.recv()  # type: ignore[no-any-return]
+            reason = f"not done in {self.limit:g} s"
+        except EOFError:
+            reason = "the process died"
+        self.close()
+        return Row(name, "unknown", reason, inside=True, seconds=self.limit)
+
+    def close(self) -> None:
+        """End the process."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.process = None
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def cells(row: Row) -> list[str]:
+    codes = "–" if row.compared is None else f"{row.differing:,} / {row.compared:,}"
+    reason = row.reason.strip().splitlines()[-1] if row.inside else " ".join(row.reason.split())
+    if len(reason) > 240:
+        reason = f"{reason[:237]}..."
+    verified = "yes" if row.verified else f"no, at {row.stage}"
+    return [row.name, share(row.layers), share(row.products), codes, verified, f"{row.seconds:.0f}", reason]
+
+
+COLUMNS = [
+    "architecture",
+    "convolutions and linear, %",
+    "all products, %",
+    "differing / compared codes",
+    "verified",
+    "seconds",
+    "reason",
+]
+
+
+def markdown(rows: list[Row]) -> str:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- | ---: | ---: | ---: | --- | ---: | --- |"]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def page(rows: list[Row]) -> str:
+    """docs/zoo.md."""
+    import onnxruntime
+    import transformers
+
+    verified = [row for row in rows if row.verified]
+    shares = [row.layers for row in verified if row.layers is not None]
+    whole = sum(value >= 0.99 for value in shares)
+    return f"""# The zoo
+
+{len(rows)} architectures, none of them changed, each taken through plan, prepare, calibration, two training steps,
+convert, export and verification for `onnxruntime` in scheme `w8a8`:
+
+```console
+$ pip install 'isogrid[bench]'
+$ python benchmarks/zoo.py --write docs/zoo.md
+```
+
+The models are those of transformers {transformers.__version__}, small and with random weights, and four in plain
+PyTorch. The shares say how many of a model's multiplications ONNX Runtime does on integers, read from the graph that it
+really runs: those of convolutions and linear layers, and all, products of activations in attention included. Codes are
+counted end to end; behind float arithmetic, such as a normalisation, one may differ where a rounding falls otherwise,
+and verification demands equality only on the runtime's own inputs ([how](concepts/verification.md)).
+
+{len(verified)} of {len(rows)} are verified; in {whole} of these at least 99 % of the multiplications of convolutions
+and linear layers are done on integers. One run with torch {torch.__version__} and ONNX Runtime {onnxruntime.__version__}
+on {platform.machine()}, one thread a model, while other work shared the machine:
+
+{markdown(rows)}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(ZOO), help="these architectures alone")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds for one architecture")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--write", type=Path, help="write the documentation's page here")
+    arguments = parser.parse_args()
+    console, worker, rows = Console(), Worker(arguments.limit), []
+    for name in track(arguments.only or list(ZOO), console=console):
+        row = worker.attempt(name)
+        rows.append(row)
+        console.print("  ".join(cells(row)), markup=False, highlight=False)
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps([asdict(each) for each in rows], indent=1))
+    worker.close()
+    if arguments.write is not None:
+        arguments.write.write_text(page(rows), encoding="utf-8")
+    console.print(f"{sum(row.verified for row in rows)} of {len(rows)} verified")
+
+
+if __name__ == "__main__":
+    main()

@@ -247,8 +247,8 @@ counted end to end; behind float arithmetic, such as a normalisation, one may di
 and verification demands equality only on the runtime's own inputs ([how](concepts/verification.md)).
 
 {len(verified)} of {len(rows)} are verified; in {whole} of these at least 99 % of the multiplications of convolutions
-and linear layers are done on integers. One run with torch {torch.__version__} and ONNX Runtime {onnxruntime.__version__}
-on {platform.machine()}, one thread a model, while other work shared the machine:
+and linear layers are done on integers. One run with torch {torch.__version__} and ONNX Runtime
+{onnxruntime.__version__} on {platform.machine()}, one thread, while other work shared the machine:
 
 {markdown(rows)}
 """

@@ -37,7 +37,7 @@ def reestimate_batch_norm(
     >>> int(reestimate_batch_norm(model, [x, x])[1].num_batches_tracked)
     2
     """
-    count = len(prepared_state(model).plan.inputs)
+    arguments = prepared_state(model).plan.arguments
     norms: list[Any] = [m for m in model.modules() if isinstance(m, NORMS) and m.running_mean is not None]
     if not norms:
         raise PlanError("The model has no batch norm with running statistics, so there is nothing to estimate.")
@@ -58,7 +58,7 @@ def reestimate_batch_norm(
                 if not seen:
                     for norm in norms:
                         norm.reset_running_stats()
-                run_batch(model, batch, count) if forward is None else forward(model, batch)
+                run_batch(model, batch, arguments) if forward is None else forward(model, batch)
                 seen += 1
     finally:
         for module, flag in flags.items():

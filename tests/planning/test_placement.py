@@ -1,5 +1,7 @@
 """Where grids go: each expectation follows from what the model does."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 import isogrid as ig
 from isogrid.errors import PlanError
 from isogrid.layers.clamp import RELU
-from tests.models import make
+from tests.models import assert_equal, make
 from tests.planning.test_capture import Lambda
 
 
@@ -47,6 +49,25 @@ def test_a_relu_used_in_two_places_is_absorbed_in_both_or_in_neither() -> None:
     one = nn.Sequential(nn.Linear(3, 3), relu, nn.LayerNorm(3), relu)
     absorbed = [[x.clamp for x in ig.plan(m, example_inputs=(torch.ones(1, 3),)).layers] for m in (both, one)]
     assert absorbed == [[RELU, RELU], [None]]
+
+
+def test_a_layer_used_twice_absorbs_what_follows_it_each_time() -> None:
+    def run(m: Any, x: Any, second: Any) -> Any:
+        return m.head(second(m.norm(m.conv(F.relu(m.norm(m.conv(x)))))).flatten(1))
+
+    def planned(second: Any) -> tuple[Any, Any]:
+        parts = {"conv": nn.Conv1d(2, 2, 1), "norm": nn.BatchNorm1d(2), "head": nn.Linear(6, 2)}
+        model = Lambda(lambda m, x: run(m, x, second), **parts)
+        x = torch.randn(4, 2, 3)
+        plan = ig.plan(model, example_inputs=(x,))
+        ig.calibrate(ig.prepare(model, plan), [x])
+        assert_equal(ig.convert(model)(x), model.eval()(x))
+        return layer(plan, "conv"), plan.scopes
+
+    both, scopes = planned(F.relu)
+    assert (both.batch_norm, both.clamp) == ("norm", RELU) and scopes[""] == ("relu", "relu_1")
+    other, scopes = planned(F.relu6)
+    assert (other.batch_norm, other.clamp) == ("norm", None) and scopes == {}
 
 
 def test_what_is_read_twice_is_not_absorbed() -> None:

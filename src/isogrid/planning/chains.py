@@ -2,59 +2,90 @@
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from isogrid.planning.graph import COMPUTING_KINDS, Call, Graph
 
 
 @dataclass
 class Chain:
-    """A computing call with what it absorbs.
+    """The calls of a layer or operation with what they absorb.
 
     Attributes:
-        call: the computing call, the first of its name.
-        batch_norm, clamp: what it absorbs, or None.
+        calls: all of one name.
+        norms, clamps: what each of them absorbs; empty where they absorb none.
     """
 
-    call: Call
-    batch_norm: Call | None = None
-    clamp: Call | None = None
+    calls: list[Call]
+    norms: list[Call] = field(default_factory=list)
+    clamps: list[Call] = field(default_factory=list)
+
+    @property
+    def call(self) -> Call:
+        """The first call."""
+        return self.calls[0]
+
+    @property
+    def batch_norm(self) -> Call | None:
+        """What the first call absorbs."""
+        return self.norms[0] if self.norms else None
+
+    @property
+    def clamp(self) -> Call | None:
+        """What the first call absorbs."""
+        return self.clamps[0] if self.clamps else None
 
     @property
     def value(self) -> int:
-        """What comes out at the end."""
-        return (self.clamp or self.batch_norm or self.call).output
+        """What comes out at the end of the first call."""
+        return self.value_of(self.calls[0])
+
+    def value_of(self, call: Call) -> int:
+        """What comes out at the end of one of the calls."""
+        number = next(number for number, other in enumerate(self.calls) if other is call)
+        return (self.clamps or self.norms or self.calls)[number].output
 
 
 def find_chains(graph: Graph, names: Collection[str]) -> dict[str, Chain]:
     """The chains of the computing calls of these names, by name.
 
-    A layer that is used twice absorbs nothing: what follows may differ. A clamp that is used more than once is absorbed
-    everywhere or nowhere, for it cannot be told apart while the model runs.
+    A layer that is used twice absorbs what follows it each time, if that is the same. A clamp that is used more than
+    once is absorbed everywhere or nowhere, for it cannot be told apart while the model runs.
     """
     chains: dict[str, Chain] = {}
     for call in graph.calls:
-        if call.name not in names or call.kind not in COMPUTING_KINDS or call.name in chains:
-            continue
-        chain = chains[call.name] = Chain(call)
-        if len(graph.calls_of(call.name)) > 1:
-            continue
-        follower = graph.only_consumer(chain.value)
-        if follower is not None and _can_absorb(graph, call, follower):
-            chain.batch_norm = follower
-            follower = graph.only_consumer(chain.value)
-        if follower is not None and follower.kind == "clamp":
-            chain.clamp = follower
-    absorbed = Counter(chain.clamp.name for chain in chains.values() if chain.clamp)
-    for chain in chains.values():
-        if chain.clamp and absorbed[chain.clamp.name] < len(graph.calls_of(chain.clamp.name)):
-            chain.clamp = None
+        if call.name in names and call.kind in COMPUTING_KINDS and call.name not in chains:
+            chain = chains[call.name] = Chain(graph.calls_of(call.name))
+            chain.norms = _norms(graph, chain)
+            chain.clamps = _clamps(graph, chain)
+    while dropped := [chain for chain in chains.values() if not _absorbs_all(graph, chain, chains)]:
+        for chain in dropped:
+            chain.clamps = []
     return chains
 
 
-def _can_absorb(graph: Graph, call: Call, follower: Call) -> bool:
-    if follower.kind != "batch_norm" or call.kind not in ("linear", "convolution"):
-        return False
-    once = len(graph.calls_of(follower.name)) == 1
-    channels_are_last = call.kind == "linear" and len(call.shape) > 2
-    return once and not channels_are_last
+def _followers(graph: Graph, chain: Chain, kind: str) -> list[Call]:
+    """The only reader of each call's value; nothing where one has another kind of reader, or several."""
+    found = [graph.only_consumer(chain.value_of(call)) for call in chain.calls]
+    return [follower for follower in found if follower is not None and follower.kind == kind]
+
+
+def _norms(graph: Graph, chain: Chain) -> list[Call]:
+    followers = _followers(graph, chain, "batch_norm")
+    if chain.call.kind not in ("linear", "convolution") or len(followers) < len(chain.calls):
+        return []
+    name = followers[0].name
+    is_one = all(follower.name == name for follower in followers) and len(graph.calls_of(name)) == len(followers)
+    channels_are_last = chain.call.kind == "linear" and len(chain.call.shape) > 2
+    return followers if is_one and not channels_are_last else []
+
+
+def _clamps(graph: Graph, chain: Chain) -> list[Call]:
+    followers = _followers(graph, chain, "clamp")
+    is_one = len(followers) == len(chain.calls) and len({follower.clamp for follower in followers}) == 1
+    return followers if is_one else []
+
+
+def _absorbs_all(graph: Graph, chain: Chain, chains: dict[str, Chain]) -> bool:
+    absorbed = Counter(clamp.name for other in chains.values() for clamp in other.clamps)
+    return all(absorbed[clamp.name] == len(graph.calls_of(clamp.name)) for clamp in chain.clamps)

@@ -43,7 +43,7 @@ class Grids:
         self._parent: dict[int, int] = {}
         self._concats = frozenset(concats)
         self._chain_of_value = {
-            self._value(chain, call): chain for chain in chains.values() for call in graph.calls_of(chain.call.name)
+            chain.value_of(call): chain for chain in chains.values() for call in chain.calls
         }
         # A concatenation that nothing integer reads would only round.
         self.concats = {name for name in concats if any(self._is_read(c.output) for c in graph.calls_of(name))}
@@ -56,7 +56,8 @@ class Grids:
             for other in others:
                 for mine, its in zip(first.inputs, other.inputs, strict=True):
                     self._merge(self._origin(mine), self._origin(its))
-                self._merge(chains[name].value if name in chains else first.output, other.output)
+                ends = [chains[name].value_of(call) if name in chains else call.output for call in (first, other)]
+                self._merge(*ends)
 
     def feeds(self, name: str) -> tuple[Feed, ...]:
         """Where the inputs of the calls of a name get their grids."""
@@ -106,15 +107,10 @@ class Grids:
                         kind = "input" if len(call.inputs) == 1 else f"input{number}"
                         inputs.append((call, kind, value, self._root(origin)))
             if call.name in self.chains:
-                value = self._value(self.chains[call.name], call)
+                value = self.chains[call.name].value_of(call)
                 if self._is_produced(value):
                     outputs.append((call, "output", value, self._root(value)))
         return outputs + inputs
-
-    @staticmethod
-    def _value(chain: Chain, call: Call) -> int:
-        """What comes out of one of the calls of a chain's name; only one that is called once absorbs anything."""
-        return chain.value if call is chain.call else call.output
 
     def _is_produced(self, value: int) -> bool:
         """Whether a value leaves its producer quantised: all outputs of a Linear do if integer arithmetic reads one."""
@@ -124,7 +120,7 @@ class Grids:
         chain = self._chain_of_value.get(value)
         if chain is None:
             return False
-        values = [self._value(chain, call) for call in self.graph.calls_of(chain.call.name)]
+        values = [chain.value_of(call) for call in chain.calls]
         return chain.call.kind != "linear" or any(self._is_read(v) for v in values)
 
     def _is_read(self, value: int) -> bool:

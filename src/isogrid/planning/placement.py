@@ -255,7 +255,7 @@ class Placement:
         operations: list[OperationPlan],
         chains: Mapping[str, Chain],
     ) -> Plan:
-        absorbed = {call.name for chain in chains.values() for call in (chain.batch_norm, chain.clamp) if call}
+        absorbed = {call.name for chain in chains.values() for call in (*chain.norms, *chain.clamps)}
         planned = {layer.path for layer in layers} | {f"{o.scope}.{o.site}".lstrip(".") for o in operations}
         return Plan(
             target=self.target.name,
@@ -282,8 +282,8 @@ class Placement:
         """
         skipped: dict[str, dict[str, None]] = {}
         for chain in chains.values():
-            if chain.clamp is not None:
-                skipped.setdefault(chain.clamp.scope, {})[_site(chain.clamp)] = None
+            for clamp in chain.clamps:
+                skipped.setdefault(clamp.scope, {})[_site(clamp)] = None
         watched = self.graph.scopes if operations or skipped else self.graph.fast_paths
         return {path: tuple(skipped.get(path, ())) for path in watched}
 

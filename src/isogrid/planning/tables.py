@@ -18,23 +18,20 @@ def idle_tables(graph: Graph, chains: Mapping[str, Chain], concats: Collection[s
         chains: of the computing calls that are quantised.
         concats: names of the concatenations that may be quantised.
     """
-    chain_of = {chain.value: chain for chain in chains.values()}
+    chain_of = {chain.value_of(call): chain for chain in chains.values() for call in chain.calls}
 
     def is_made(value: int) -> bool:
         origin, _ = graph.origin(value)
         producer, chain = graph.producer.get(origin), chain_of.get(origin)
         if producer is not None and producer.name in concats:
             return all(is_made(part) for part in producer.inputs)
-        if producer is not None and chain is None:
-            # One of several calls of the same name.
-            chain = chains.get(producer.name)
         return chain is not None and (chain.call.kind != KIND or is_made(chain.call.inputs[0]))
 
     def is_read(value: int) -> bool:
         for call in graph.readers(value):
             if call.name in concats or (call.name in chains and call.kind == KIND):
                 chain = chains.get(call.name)
-                if is_read(chain.value if chain is not None and chain.call is call else call.output):
+                if is_read(call.output if chain is None else chain.value_of(call)):
                     return True
             elif call.name in chains:
                 return True
@@ -44,7 +41,7 @@ def idle_tables(graph: Graph, chains: Mapping[str, Chain], concats: Collection[s
     for name, chain in chains.items():
         if chain.call.kind == KIND:
             calls = graph.calls_of(name)
-            outputs = [chain.value if call is chain.call else call.output for call in calls]
+            outputs = [chain.value_of(call) for call in calls]
             if not (all(is_made(call.inputs[0]) for call in calls) and any(map(is_read, outputs))):
                 idle.add(name)
     return idle

@@ -1,5 +1,6 @@
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 
 import isogrid as ig
 from isogrid.errors import CaptureError, NonFiniteError, PlanError
-from isogrid.planning.prepare import make_quantizer
+from isogrid.layers.borrowed import BorrowedLinear
+from isogrid.planning.exchange import APART
+from isogrid.planning.prepare import LAYERS, make_quantizer
 from isogrid.planning.state import prepared_state, quantizers, steps_done
 from tests.models import assert_equal, make, prepared
 
@@ -50,6 +53,28 @@ def test_not_prepared() -> None:
 def test_a_model_that_is_one_layer() -> None:
     with pytest.raises(PlanError, match=r"Wrap it in nn.Sequential"):
         prepared(nn.Linear(3, 3), (torch.ones(1, 3),))
+
+
+def test_a_model_on_the_meta_device_can_be_planned_and_must_be_materialised() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+        x = torch.ones(2, 3)
+    with pytest.raises(CaptureError, match=r"on the meta device too.*model.to_empty"):
+        ig.plan(model, example_inputs=(torch.ones(2, 3),))
+    plan = ig.plan(model, example_inputs=(x,))
+    with pytest.raises(PlanError, match=r"The weight of '0' is on the meta device.*model.to_empty"):
+        ig.prepare(model, plan)
+    model.to_empty(device="cpu")
+    for module in (model[0], model[1], model[3]):
+        module.reset_parameters()
+    ig.calibrate(ig.prepare(model, plan), [torch.randn(2, 3)])
+    assert model(torch.ones(2, 3)).isfinite().all()
+
+
+def test_every_layer_is_in_the_guide() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "how-to" / "layers.md").read_text()
+    known = {kind.__name__ for kind in {**LAYERS, **APART} if kind is not BorrowedLinear}
+    assert {name for name in known if f"`{name}`" not in guide} == set()
 
 
 def test_weights_that_are_no_numbers_leave_the_model_as_it_was() -> None:

@@ -51,6 +51,11 @@ def capture(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any])
     tensors = tensors_in((positional, named))
     if any(tensor.numel() == 0 for tensor in tensors):
         raise CaptureError("The example inputs are empty. Give the model at least one example.")
+    if any(parameter.is_meta for parameter in model.parameters()) and not all(x.is_meta for x in tensors):
+        raise CaptureError(
+            "The model is on the meta device, where nothing has values, and the example inputs are not. Give inputs "
+            "on the meta device too, or materialise the model: model.to_empty(device='cpu'), then load a checkpoint."
+        )
     inputs = tuple(recorder.new_value(tensor) for tensor in tensors)
     with _evaluating(model), _no_fast_path(), torch.no_grad(), recorder.looking_on():
         try:

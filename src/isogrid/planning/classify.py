@@ -26,6 +26,7 @@ MODULE_KINDS: dict[type[nn.Module], str] = {
     nn.ConvTranspose2d: "convolution",
     nn.ConvTranspose3d: "convolution",
     nn.Embedding: "embedding",
+    nn.EmbeddingBag: "embedding",
     nn.BatchNorm1d: "batch_norm",
     nn.BatchNorm2d: "batch_norm",
     nn.BatchNorm3d: "batch_norm",
@@ -220,10 +221,10 @@ def why_module_is_float(module: nn.Module, output: Tensor) -> str:
         return "its weight is a plain tensor, which some code of the model's own computes"
     if kind_of(module) == "batch_norm" and getattr(module, "running_mean", None) is None:
         return "without running statistics it normalises by each batch, which no runtime does in integers"
-    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and (module.max_norm is not None or module.sparse):
         return "an embedding with max_norm or sparse gradients changes its table behind the quantiser's back"
     if kind_of(module) == "convolution" and output.dim() != weight_of(module).dim():
-        return "a convolution of one example without a batch dimension"
+        return "a convolution of one example without a batch dimension; pass a batch of one"
     return ""
 
 

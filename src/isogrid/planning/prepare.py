@@ -18,7 +18,7 @@ from isogrid.layers.convolution import (
     QuantizedConvTranspose3d,
 )
 from isogrid.layers.dynamic import rule_of
-from isogrid.layers.embedding import QuantizedEmbedding
+from isogrid.layers.embedding import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
 from isogrid.layers.layer import QuantizedLayer, link, replacement
 from isogrid.layers.linear import QuantizedLinear
 from isogrid.layers.norm import QuantizedBatchNorm1d, QuantizedBatchNorm2d, QuantizedBatchNorm3d
@@ -49,6 +49,7 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose3d: QuantizedConvTranspose3d,
     BorrowedLinear: QuantizedBorrowedLinear,
     nn.Embedding: QuantizedEmbedding,
+    nn.EmbeddingBag: QuantizedEmbeddingBag,
     nn.BatchNorm1d: AbsorbedBatchNorm1d,
     nn.BatchNorm2d: AbsorbedBatchNorm2d,
     nn.BatchNorm3d: AbsorbedBatchNorm3d,
@@ -142,6 +143,11 @@ class _Builder:
         ):
             raise PlanError(f"The plan folds {layer.batch_norm!r}, which is no batch norm. Plan this model anew.")
         weight = weight_of(module)
+        if weight.is_meta:
+            raise PlanError(
+                f"The weight of {layer.path!r} is on the meta device, where it has no values. Plan there if you like; "
+                "then call model.to_empty(device='cpu'), load a checkpoint, and prepare."
+            )
         if not weight.isfinite().all():
             raise NonFiniteError(
                 f"The weight of {layer.path!r} holds NaN or infinity. Quantisation needs finite weights; "
@@ -185,7 +191,7 @@ class _Builder:
     def _configure(self, plan: LayerPlan) -> None:
         module: Any = self._module(plan.path)
         self._give(module, plan.path, "weight_quantizer", plan.weight)
-        if isinstance(module, QuantizedEmbedding):
+        if isinstance(module, QuantizedTable):
             return
         assert isinstance(module, QuantizedLayer)
         module.arithmetic = "static" if plan.arithmetic == "static" else "float"

@@ -233,7 +233,7 @@ def test_autocast_does_not_touch_accumulators() -> None:
 
 def test_a_large_bias_saturates_where_the_accumulator_cannot_wrap() -> None:
     bias, sx, sw = torch.tensor([3.0, -3.0, 0.25]), torch.tensor([0.5]), torch.tensor([1e-12, 1e-12, 0.5])
-    assert arithmetic.quantize_bias(bias, sx, sw).tolist() == [2**30, -(2**30), 1]
+    assert arithmetic.quantize_bias(bias, sx, sw).tolist() == [2**21, -(2**21), 1]
     floor = arithmetic.smallest_weight_scale(bias, sx)
     repaired = arithmetic.quantize_bias(bias, sx, torch.maximum(sw, floor))
     assert torch.allclose(repaired[:2] * (sx * floor[:2]), bias[:2])

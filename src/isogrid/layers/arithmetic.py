@@ -27,8 +27,9 @@ from torch.nn import functional
 LARGEST_DIFFERENCE = 255
 # float32 holds every integer up to here: sums that stay below are exact in whatever order they are added.
 EXACT_IN_FLOAT32 = 2**24
-# Half of what an int32 holds, so that an accumulator of the same size can be added without wrapping.
-LARGEST_BIAS_CODE = 2**30
+# Far from what an int32 holds, so that an accumulator can be added without wrapping; and little enough that a runtime
+# which is given the bias in float32 and quantises it itself (XNNPACK, in three roundings) finds the same code.
+LARGEST_BIAS_CODE = 2**21
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
@@ -63,13 +64,13 @@ def multiplier(x_scale: Tensor, weight_scale: Tensor, y_scale: Tensor) -> Tensor
 
 
 def quantize_bias(bias: Tensor, x_scale: Tensor, weight_scale: Tensor) -> Tensor:
-    """Bias in units of the accumulator: `clamp(rint(f32(bias / f32(x_scale * weight_scale))), -2^30, 2^30)`, int32.
+    """Bias in units of the accumulator: `clamp(rint(f32(bias / f32(x_scale * weight_scale))), -2^21, 2^21)`, int32.
 
     A channel whose weights are almost zero has a scale so small that its bias does not fit; `smallest_weight_scale`
     says how large the scale has to be.
 
     >>> quantize_bias(torch.tensor([0.11, -3.0]), torch.tensor([0.5]), torch.tensor([0.1, 1e-12]))
-    tensor([          2, -1073741824], dtype=torch.int32)
+    tensor([       2, -2097152], dtype=torch.int32)
     """
     codes = torch.round(bias.float() / (x_scale * weight_scale))
     return codes.clamp(-LARGEST_BIAS_CODE, LARGEST_BIAS_CODE).to(torch.int32)
@@ -79,7 +80,7 @@ def smallest_weight_scale(bias: Tensor, x_scale: Tensor) -> Tensor:
     """The weight scale of each channel below which its bias no longer fits into int32.
 
     >>> smallest_weight_scale(torch.tensor([3.0]), torch.tensor([0.5]))
-    tensor([5.5879e-09])
+    tensor([2.8610e-06])
     """
     return bias.float().abs() / (x_scale * LARGEST_BIAS_CODE)
 

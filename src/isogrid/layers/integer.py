@@ -44,11 +44,13 @@ class IntegerModule(nn.Module):
     Attributes:
         watch: while set, called with the name and codes of each quantised input and output; forward goes on with the
             codes that it returns.
+        kernels: how the runtime computes, by name; `isogrid.convert` writes the plan's.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.watch: Callable[[str, Tensor], Tensor] | None = None
+        self.kernels = "onnxruntime"
         self.limits: dict[str, tuple[int, int]] = {}
 
     def add_grid(self, name: str, grid: StaticGrid) -> None:
@@ -63,7 +65,7 @@ class IntegerModule(nn.Module):
 
     def quantized(self, name: str, x: Tensor) -> Tensor:
         """Codes of a float tensor."""
-        return self._watched(name, ops.quantize(x, *self.grid(name), *self.limits[name]))
+        return self._watched(name, ops.quantize(x, *self.grid(name), *self.limits[name], self.kernels))
 
     def dequantized(self, name: str, codes: Tensor) -> Tensor:
         """Values of codes."""

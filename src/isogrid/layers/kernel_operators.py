@@ -14,6 +14,21 @@ from isogrid.layers.kernels import KERNELS
 from isogrid.layers.windows import pooled_sizes
 
 
+@custom_op("isogrid::quantize", mutates_args=())
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, kernels: str = "onnxruntime"
+) -> Tensor:
+    """Codes of a float tensor; see `arithmetic.quantize`."""
+    return KERNELS[kernels].quantize(x, scale, zero_point, low, high)
+
+
+@quantize.register_fake
+def _(
+    x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, kernels: str = "onnxruntime"
+) -> Tensor:
+    return torch.empty_like(x, dtype=zero_point.dtype)
+
+
 @custom_op("isogrid::static_add", mutates_args=())
 def static_add(
     a: Tensor,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from isogrid.layers import onnxruntime_kernels
+from isogrid.layers import arithmetic, onnxruntime_kernels, xnnpack_kernels
 from isogrid.layers.activations import lookup_table
 
 Kernel = Callable[..., Tensor]
@@ -24,6 +24,7 @@ class Kernels:
     have the dtype of the codes.
 
     Attributes:
+        quantize: codes of a float tensor, with scale, zero point, lowest and highest code.
         add, multiply: of two tensors of codes, the second of which may broadcast to the first's shape.
         average_pool: over windows, [batch, channels, *space], with kernel, stride, padding, ceil_mode and
             count_include_pad as in torch.
@@ -32,6 +33,7 @@ class Kernels:
             itself is deployed.
     """
 
+    quantize: Kernel
     add: Kernel
     multiply: Kernel
     average_pool: Kernel
@@ -41,10 +43,18 @@ class Kernels:
 
 KERNELS: dict[str, Kernels] = {
     "onnxruntime": Kernels(
+        quantize=arithmetic.quantize,
         add=onnxruntime_kernels.add,
         multiply=onnxruntime_kernels.multiply,
         average_pool=onnxruntime_kernels.average_pool,
         global_average_pool=onnxruntime_kernels.global_average_pool,
+    ),
+    "xnnpack": Kernels(
+        quantize=xnnpack_kernels.quantize,
+        add=xnnpack_kernels.add,
+        multiply=xnnpack_kernels.multiply,
+        average_pool=xnnpack_kernels.average_pool,
+        global_average_pool=xnnpack_kernels.global_average_pool,
     ),
 }
 """The kernels by the name that a plan carries."""

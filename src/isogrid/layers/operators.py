@@ -15,17 +15,6 @@ from torch.library import custom_op
 from isogrid.layers import arithmetic, nbits
 
 
-@custom_op("isogrid::quantize", mutates_args=())
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-    """Codes of a float tensor; see `arithmetic.quantize`."""
-    return arithmetic.quantize(x, scale, zero_point, low, high)
-
-
-@quantize.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-    return torch.empty_like(x, dtype=zero_point.dtype)
-
-
 @custom_op("isogrid::dequantize", mutates_args=())
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Values of codes, float32; see `arithmetic.dequantize`."""

@@ -29,7 +29,7 @@ def convert(model: nn.Module) -> nn.Module:
         NotCalibratedError: a quantizer has no range; it is named.
         NonFiniteError: a weight or scale holds NaN or infinity; it is named.
     """
-    prepared_state(model)
+    kernels: Any = prepared_state(model).plan.kernels
     for name, quantizer in quantizers(model).items():
         if not quantizer.is_calibrated:
             raise NotCalibratedError(f"{name} has no range. Run isogrid.calibrate(model, batches) before converting.")
@@ -47,6 +47,8 @@ def convert(model: nn.Module) -> nn.Module:
             if child is not None and (hasattr(child, "to_integer") or isinstance(child, AbsorbedBatchNorm)):
                 if child not in made:
                     made[child] = _twin(child)
+                    if isinstance(made[child], IntegerModule):
+                        made[child].kernels = kernels
                 parent._modules[name] = made[child]
         if isinstance(parent, TakenApart):
             parent.forget(borrowed)

@@ -36,12 +36,16 @@ class Grids:
         graph: of the model.
         chains: of the computing calls that are quantised.
         concats: names of the concatenations that may be quantised.
+        float_endings: kinds of layers that leave their output in float where nothing integer reads it.
     """
 
-    def __init__(self, graph: Graph, chains: Mapping[str, Chain], concats: Collection[str]):
+    def __init__(
+        self, graph: Graph, chains: Mapping[str, Chain], concats: Collection[str], float_endings: Collection[str]
+    ):
         self.graph, self.chains = graph, chains
         self._parent: dict[int, int] = {}
         self._concats = frozenset(concats)
+        self._float_endings = frozenset(float_endings)
         self._chain_of_value = {
             chain.value_of(call): chain for chain in chains.values() for call in chain.calls
         }
@@ -121,7 +125,7 @@ class Grids:
         if chain is None:
             return False
         values = [chain.value_of(call) for call in chain.calls]
-        return chain.call.kind != "linear" or any(self._is_read(v) for v in values)
+        return chain.call.kind not in self._float_endings or any(self._is_read(v) for v in values)
 
     def _is_read(self, value: int) -> bool:
         """Whether integer arithmetic reads a value."""

@@ -137,7 +137,7 @@ class Placement:
         concats = [name for name in self.choices if self.graph.calls_of(name)[0].kind == "concat"]
         if idle := idle_tables(self.graph, chains, concats):
             chains = find_chains(self.graph, self.choices.keys() - idle)
-        grids = Grids(self.graph, chains, concats)
+        grids = Grids(self.graph, chains, concats, self.target.float_endings)
         layers: list[LayerPlan] = []
         operations: list[OperationPlan] = []
         for name in self.choices:

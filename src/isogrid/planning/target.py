@@ -20,6 +20,11 @@ class Target(Protocol):
         """How it computes what runtimes do not agree on: a key of `isogrid.layers.kernels.KERNELS`."""
         ...
 
+    @property
+    def float_endings(self) -> frozenset[str]:
+        """The kinds of layers whose integer kernel may leave its output in float, where nothing integer reads it."""
+        ...
+
     def scheme_for(self, scheme: Scheme) -> Scheme:
         """The scheme as this runtime stores it: another format of activations, another precision of scales."""
         ...

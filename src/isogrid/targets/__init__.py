@@ -23,7 +23,10 @@ class Entry(NamedTuple):
     requirement: str
 
 
-TARGETS = {"onnxruntime": Entry("isogrid.targets.onnxruntime", "OnnxRuntime", "isogrid")}
+TARGETS = {
+    "onnxruntime": Entry("isogrid.targets.onnxruntime", "OnnxRuntime", "isogrid"),
+    "executorch": Entry("isogrid.targets.executorch", "ExecuTorch", "isogrid[executorch]"),
+}
 """The runtimes by name. A runtime's packages are imported when it is asked for, not before."""
 
 

@@ -19,7 +19,9 @@ Value = Any
 op: Any = opset21
 
 
-def quantize(x: Value, scale: Value, zero_point: Value, low: int, high: int) -> Value:
+def quantize(
+    x: Value, scale: Value, zero_point: Value, low: int, high: int, kernels: str = "onnxruntime"
+) -> Value:
     """QuantizeLinear, and a Clip of the codes where the grid is smaller than its dtype."""
     codes = op.QuantizeLinear(x, scale, zero_point)
     limits = torch.iinfo(torch.uint8 if zero_point.dtype == ir.DataType.UINT8 else torch.int8)

@@ -40,6 +40,7 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     kernels = "onnxruntime"
+    float_endings = frozenset({"linear"})
 
     def scheme_for(self, scheme: Scheme) -> Scheme:
         """The scheme itself: its formats are the ones that ONNX Runtime has integer kernels for."""

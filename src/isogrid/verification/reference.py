@@ -26,6 +26,7 @@ class Quantization(NamedTuple):
     zero_point: Tensor
     low: int
     high: int
+    kernels: str
 
     def codes(self, x: Tensor) -> Tensor:
         """The codes of other values on the same grid."""

@@ -50,6 +50,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     path, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    sys.path.pop(0)  # the folder of this script, where a worker has the name of its runtime
     specification = importlib.util.spec_from_file_location(path.stem, path)
     assert specification is not None and specification.loader is not None
     worker = importlib.util.module_from_spec(specification)

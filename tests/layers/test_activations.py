@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import isogrid as ig
 from isogrid.errors import PlanError
+from isogrid.layers import activation_sites
 from isogrid.layers.activations import ACTIVATIONS, Applied, applied, look_up, lookup_table
 from isogrid.targets.onnx_activations import FLOAT_FORMS
 from isogrid.targets.onnx_export import to_onnx
@@ -232,9 +233,35 @@ def test_the_gradient_is_that_of_the_function() -> None:
     grid = site.output_quantizer
     assert ((value / grid.scale + grid.zero_point > 0) & (value / grid.scale + grid.zero_point < 255)).all()
     (value * weights).sum().backward()
-    assert_equal(inside.grad, twin.grad)
+    # The same factors, multiplied in another order.
+    torch.testing.assert_close(inside.grad, twin.grad, rtol=1e-6, atol=1e-7)
     model(x).sum().backward()
     assert model[1].weight.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.PReLU(3)])
+def test_tables_of_derivatives_give_the_gradients_of_all_values(
+    activation: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 40, 5)
+    model = prepared(nn.Sequential(nn.Conv2d(3, 3, 1), activation, nn.Conv2d(3, 2, 1)), (x,)).train()
+    found = []
+    for compiling, piece in ((True, 1), (False, 2**16), (False, 100)):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        monkeypatch.setattr(activation_sites, "PIECE", piece)
+        inside = model[0](x).detach().requires_grad_()
+        model.zero_grad()
+        y = model[1](inside)
+        (y * torch.linspace(-1, 2, y.numel()).reshape(y.shape)).sum().backward()
+        gradients = {name: p.grad for name, p in model[1].named_parameters()}
+        found.append([y.detach(), inside.grad, *gradients.values()])
+        assert all(gradient is not None for gradient in gradients.values())
+    for other in found[1:]:
+        assert_equal(other[0], found[0][0])
+        for ours, all_values in zip(other[1:], found[0][1:], strict=True):
+            # Sums and products in another order.
+            torch.testing.assert_close(ours, all_values, rtol=1e-5, atol=1e-5)
 
 
 def test_random_slopes_are_drawn_in_training_and_rounded() -> None:

@@ -55,6 +55,10 @@ class Applied(NamedTuple):
         function = ACTIVATIONS[self.name].function
         return function(x, *self.parameters) if self.slopes is None else function(x, self.slopes.to(x.dtype))
 
+    def on_table(self, x: Tensor) -> Tensor:
+        """The values for a table of inputs, [256] or [channels, 256]."""
+        return self(x) if x.dim() == 1 else self(x.t()).t()
+
 
 
 
@@ -162,26 +166,23 @@ def lookup_table(
     Returns:
         codes [256] or, for slopes by channel, [channels, 256]; at each byte the entry of the code with these bits.
     """
-    _, y = values_of_codes(function, x_scale, x_zero_point)
-    codes = arithmetic.quantize(y.to(torch.float32).nan_to_num(nan=0.0), y_scale, y_zero_point, low, high)
-    return codes if codes.dim() == 1 else codes.t().contiguous()
+    y = exact_values(function, table_of_inputs(function, x_scale, x_zero_point)).to(torch.float32)
+    return arithmetic.quantize(y.nan_to_num(nan=0.0), y_scale, y_zero_point, low, high)
 
 
-def values_of_codes(function: Applied, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
-    """What codes stand for, and the function's values there, both in float64.
-
-    Returns:
-        x [256], by the bytes of the codes; y [256] or, for slopes by channel, [256, channels].
-    """
+def table_of_inputs(function: Applied, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """What each byte stands for as a code, float32 [256], or [channels, 256] for slopes by channel."""
     codes = torch.arange(256, device=scale.device).to(torch.uint8).view(zero_point.dtype)
-    x = arithmetic.dequantize(codes, scale, zero_point).to(torch.float64)
-    slopes = function.slopes
-    if slopes is None:
-        return x, function(x)
-    slopes = slopes.detach().to(torch.float32).reshape(-1)
-    # The channels are F.prelu's second dimension.
-    operand = x if len(slopes) == 1 else x.unsqueeze(1).expand(-1, len(slopes))
-    return x, function._replace(slopes=slopes)(operand)
+    x = arithmetic.dequantize(codes, scale, zero_point)
+    channels = 1 if function.slopes is None else function.slopes.numel()
+    return x if channels == 1 else x.repeat(channels, 1)
+
+
+def exact_values(function: Applied, x: Tensor) -> Tensor:
+    """The values for a table of inputs, float64."""
+    if function.slopes is not None:
+        function = function._replace(slopes=function.slopes.detach().to(torch.float32).reshape(-1))
+    return function.on_table(x.detach().to(torch.float64))
 
 
 def look_up(codes: Tensor, table: Tensor) -> Tensor:
@@ -190,8 +191,13 @@ def look_up(codes: Tensor, table: Tensor) -> Tensor:
     >>> look_up(torch.tensor([1, 255], dtype=torch.uint8), torch.arange(256))
     tensor([  1, 255])
     """
+    return table.reshape(-1).index_select(0, places(codes, table)).reshape(codes.shape)
+
+
+def places(codes: Tensor, table: Tensor) -> Tensor:
+    """Where the entries for codes lie in a table, flat: int32 [elements]."""
     index = codes.view(torch.uint8).to(torch.int32)
     if table.dim() == 2:
         offsets = torch.arange(len(table), dtype=torch.int32, device=codes.device) * 256
         index = index + offsets.reshape(-1, *[1] * (codes.dim() - 2))
-    return table.reshape(-1).index_select(0, index.reshape(-1)).reshape(codes.shape)
+    return index.reshape(-1)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isogrid.layers import kernel_operators, operators  # noqa: F401  define torch.ops.isogrid
-from isogrid.layers.activations import applied
 from isogrid.layers.clamp import Clamp
 from isogrid.layers.nbits import dequantize_matmul_nbits
 from isogrid.layers.operations import ConvolutionOperation
@@ -241,15 +240,6 @@ class IntegerAveragePool(IntegerSite):
             codes = ops.static_average_pool(*x, *window, *self.ending)
         values = self.dequantized("output", codes)
         return values if pooling.keeps_space else values.flatten(1)
-
-
-class IntegerActivation(IntegerSite):
-    """An elementwise function of codes: a table."""
-
-    def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
-        name, parameters, slopes = applied(function, args[1:], kwargs)
-        x = (self.quantized("input", args[0]), *self.grid("input"), slopes, *self.grid("output"))
-        return self.dequantized("output", ops.static_activation(*x, name, parameters, *self.ending))
 
 
 class IntegerConcat(IntegerSite):

@@ -1,4 +1,4 @@
-"""Operations in a model's `forward` that are quantised: residual addition, concatenation, pooling, activations.
+"""Operations in a model's `forward` that are quantised: residual addition, concatenation, average pooling.
 
 Each is a module that its operation scope calls instead of the torch function, with the same arguments.
 """
@@ -10,16 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.layers import arithmetic
-from isogrid.layers.activations import applied, draws, look_up
 from isogrid.layers.clamp import Clamp
-from isogrid.layers.integer import (
-    IntegerActivation,
-    IntegerAdd,
-    IntegerAveragePool,
-    IntegerConcat,
-    StaticGrid,
-    is_broadcast,
-)
+from isogrid.layers.integer import IntegerAdd, IntegerAveragePool, IntegerConcat, StaticGrid, is_broadcast
 from isogrid.layers.kernels import KERNELS
 from isogrid.layers.layer import static_grid
 from isogrid.layers.pooling import pooling_of
@@ -91,14 +83,20 @@ class QuantizedSite(nn.Module):
             return y
         if any(o is None or o.strength is not None for o in (*operands, operand)):
             return fake_quantize(y, operand)
+        return self.exact(y, operand, exact_codes)
+
+    def exact(
+        self, y: Tensor, operand: Operand, exact_codes: ExactCodes, shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """The value of the codes, with the gradient of y [...], which may stand for a tensor of another shape."""
         grid: Any = operand.format.grid
         with torch.no_grad():
-            codes = exact_codes(*_grid(operand), grid.low, grid.high)
+            codes = exact_codes(*stored_grid(operand), grid.low, grid.high)
             if self.clamp is not None:
-                low, high = self.clamp.limits(*_grid(operand, torch.float32), grid.low, grid.high)
+                low, high = self.clamp.limits(*stored_grid(operand, torch.float32), grid.low, grid.high)
                 codes = codes.clamp(low, high)
             units = grid.decode(codes, operand.affine.zero_point)
-        return with_exact_value(y, units, operand)
+        return with_exact_value(y, units, operand, shape)
 
     def to_integer(self) -> nn.Module:
         """The site that computes on codes."""
@@ -151,27 +149,6 @@ class QuantizedAveragePool(QuantizedSite):
         return IntegerAveragePool(*self.integer_grids(), self.kernels)
 
 
-class QuantizedActivation(QuantizedSite):
-    """An elementwise function: a table in the forward pass, its own derivative backward."""
-
-    def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
-        operands = self.operands(args[:1])
-        x = self.quantized(args[0], operands[0])
-        if draws(function, args[1:], kwargs):
-            y: Tensor = function(x, *args[1:], **{name: value for name, value in kwargs.items() if name != "inplace"})
-            return y if self.output_quantizer is None else self.output_quantizer(y)
-        call = applied(function, args[1:], kwargs)
-
-        def exact_codes(*output: Any) -> Tensor:
-            codes, *grid = stored(x, operands[0])
-            return look_up(codes, KERNELS[self.kernels].table(call, *grid, *output))
-
-        return self.finish(call(x), operands, exact_codes)
-
-    def to_integer(self) -> nn.Module:
-        return IntegerActivation(*self.integer_grids(), self.kernels)
-
-
 class QuantizedConcat(QuantizedSite):
     """Concatenation of parts that all lie on one grid; nothing is rounded but parts that nobody has quantised."""
 
@@ -188,12 +165,12 @@ def stored(x: Tensor, operand: Operand | None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and zero point (of the codes' dtype) of a tensor, as arithmetic functions take them."""
     assert operand is not None
     grid: Any = operand.format.grid
-    scale, zero_point = _grid(operand)
+    scale, zero_point = stored_grid(operand)
     return arithmetic.quantize(x, scale, zero_point, grid.low, grid.high), scale, zero_point
 
 
-def _grid(operand: Operand, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Scale and zero point, the latter by default in the codes' dtype."""
+def stored_grid(operand: Operand, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of an operand, the latter by default in the codes' dtype."""
     grid: Any = operand.format.grid
     scale, zero_point, _ = operand.affine
     assert scale is not None

@@ -72,16 +72,17 @@ def static_operation(
     return _static_operation(x, weight, finish.factor, finish.shift, finish.bias_codes, finish.step, fixed, *tensors)
 
 
-def with_exact_value(y: Tensor, units: Tensor, operand: Operand) -> Tensor:
+def with_exact_value(y: Tensor, units: Tensor, operand: Operand, shape: tuple[int, ...] | None = None) -> Tensor:
     """A quantised output: the value is `units * scale`, the gradient that of fake-quantising y.
 
     Args:
         y: the float output [...], which carries the gradient.
         units: code - zero point [...], as the runtime's kernel rounds it.
         operand: of the output's quantizer.
+        shape: of the tensor of whose values y has one each, where it is not y's.
     """
     fixed, tensors = take_apart(operand)
-    return _exact_value(y, units, fixed, *tensors)
+    return _exact_value(y, units, shape, fixed, *tensors)
 
 
 @dataclass(frozen=True)
@@ -284,10 +285,10 @@ class _StaticOperation(torch.autograd.Function):
 
 class _ExactValue(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, units: Tensor, fixed: Quantization, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, units: Tensor, shape: Any, fixed: Quantization, *tensors: Tensor) -> Tensor:
         stored = fixed.stored(tensors)
         ctx.save_for_backward(y, *stored)
-        ctx.fixed = fixed
+        ctx.fixed, ctx.shape = fixed, shape
         scale = fixed.affine(stored).scale
         assert scale is not None
         # Codes cannot be NaN, but the output must be where y is.
@@ -296,8 +297,8 @@ class _ExactValue(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         y, *tensors = ctx.saved_tensors
-        y_gradient, rest = ctx.fixed.backward(gradient, y, tuple(tensors))
-        return y_gradient, None, None, *rest
+        y_gradient, rest = ctx.fixed.backward(gradient, y, tuple(tensors), ctx.shape)
+        return y_gradient, None, None, None, *rest
 
 
 _static_operation: Callable[..., Tensor] = _StaticOperation.apply

@@ -7,6 +7,7 @@ from torch import nn
 
 from isogrid.errors import NonFiniteError, PlanError
 from isogrid.formats import named_format
+from isogrid.layers.activation_sites import QuantizedActivation
 from isogrid.layers.batch_norm import AbsorbedBatchNorm1d, AbsorbedBatchNorm2d, AbsorbedBatchNorm3d
 from isogrid.layers.borrowed import BorrowedLinear, QuantizedBorrowedLinear
 from isogrid.layers.convolution import (
@@ -23,13 +24,7 @@ from isogrid.layers.layer import QuantizedLayer, link, replacement
 from isogrid.layers.linear import QuantizedLinear
 from isogrid.layers.norm import QuantizedBatchNorm1d, QuantizedBatchNorm2d, QuantizedBatchNorm3d
 from isogrid.layers.scope import OperationScope, check_scope, open_scope
-from isogrid.layers.sites import (
-    QuantizedActivation,
-    QuantizedAdd,
-    QuantizedAveragePool,
-    QuantizedConcat,
-    QuantizedSite,
-)
+from isogrid.layers.sites import QuantizedAdd, QuantizedAveragePool, QuantizedConcat, QuantizedSite
 from isogrid.layers.weights import refresh_weights, weight_of
 from isogrid.planning.classify import kind_of, layer_type
 from isogrid.planning.exchange import exchange, take_apart

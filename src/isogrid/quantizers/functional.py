@@ -152,8 +152,10 @@ class Quantization:
         results = run(function, rule, (blocks.cut(x), *rows), whole)
         return [blocks.join(values) for values in results.rows if values is not None]
 
-    def backward(self, gradient: Tensor, x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor | None]]:
-        """Gradients of x and of each named tensor."""
+    def backward(
+        self, gradient: Tensor, x: Tensor, tensors: tuple[Tensor, ...], shape: Shape | None = None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Gradients of x and of each named tensor; x may stand for a tensor of another shape."""
         if not self.quantizes or self.on_grid:
             return gradient, [None] * len(self.names)
         blocks, rule, rows, whole = self._arrange(x, tensors)
@@ -166,7 +168,7 @@ class Quantization:
             gradient_part = own[name]
             if gradient_part is not None and name not in Affine._fields and tensor.shape == x.shape:
                 own[name] = blocks.join(gradient_part)
-        return blocks.join(x_gradient), self.finished(tuple(x.shape), tensors, tuple(own.values()))
+        return blocks.join(x_gradient), self.finished(shape or tuple(x.shape), tensors, tuple(own.values()))
 
     def finished(
         self, shape: Shape, tensors: tuple[Tensor, ...], gradients: Sequence[Tensor | None]

@@ -17,7 +17,7 @@ from onnx.defs import OpSchema
 from onnxscript import values
 from torch import Tensor
 
-from isogrid.layers.activations import Applied, values_of_codes
+from isogrid.layers.activations import Applied, exact_values, table_of_inputs
 from isogrid.layers.arithmetic import quantize
 from isogrid.layers.kernels import KERNELS
 from isogrid.targets.onnx_nodes import initializer, input_of, insert, unique, values_of
@@ -80,12 +80,11 @@ class _Site(NamedTuple):
         form = FLOAT_FORMS.get(self.function.name)
         if form is None:
             return False
-        x, y = values_of_codes(self.function, *self.x)
-        x = x.reshape(-1, *[1] * (y.dim() - 1))
+        x = table_of_inputs(self.function, *self.x)
+        y = exact_values(self.function, x)
         reach = form.error * torch.maximum(x.abs(), y.abs()).clamp(min=1.0)
         least, most = (quantize((y + side).float(), *self.y, self.low, self.high) for side in (-reach, reach))
-        table = self.table
-        return torch.equal(least, most) and torch.equal(least if least.dim() == 1 else least.t(), table)
+        return torch.equal(least, most) and torch.equal(least, self.table)
 
 
 def write_activations(model: ir.Model) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import isogrid as ig
-from isogrid.errors import PlanError
+from isogrid.errors import FormatError, PlanError
 from isogrid.layers.clamp import RELU
 from tests.models import assert_equal, make
 from tests.planning.test_capture import Lambda
@@ -149,3 +149,13 @@ def test_a_site_whose_calls_differ_stays_float() -> None:
     model = Lambda(lambda m, x: m.fc(m.plus(m.plus(x, x), 1.0)), fc=nn.Linear(3, 3), plus=Sometimes())
     plan = ig.plan(model, example_inputs=(torch.ones(1, 3),))
     assert dict(plan.floats)["plus.add"] == "add with a number, which has no grid"
+
+
+def test_a_pattern_may_also_match_what_cannot_be_quantised() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2))
+    rules = [ig.Rule(match="*", weight="int8/group16")]
+    inputs = (torch.zeros(1, 4),)
+    with pytest.raises(FormatError, match="group16"):  # the layers are asked for what does not fit them
+        ig.plan(model, scheme="w4a16", rules=rules, example_inputs=inputs)
+    with pytest.raises(PlanError, match=r"asks to quantise '1.gelu', but MatMulNBits computes linear layers only"):
+        ig.plan(model, scheme="w4a16", rules=[ig.Rule(match="*gelu", weight="int8/group16")], example_inputs=inputs)

@@ -75,34 +75,38 @@ class Placement:
         return self._static_plan() if self.scheme.arithmetic == "static" else self._weight_plan()
 
     def _choose(self) -> None:
-        used: set[int] = set()
+        used: set[int | None] = set()
+        refused: dict[int, str] = {}
         kinds = COMPUTING_KINDS | {"concat", "embedding"}
-        self._decide((name for name, calls in self.graph.by_name.items() if calls[0].kind in kinds), used)
+        self._decide((name for name, calls in self.graph.by_name.items() if calls[0].kind in kinds), used, refused)
         if self.scheme.arithmetic == "static":
             self._norms = lone_norms(self.graph, self.choices)
             self.graph = as_convolutions(self.graph, self._norms)
-            self._decide((name for name in self.graph.by_name if name in self._norms), used)
+            self._decide((name for name in self.graph.by_name if name in self._norms), used, refused)
         for index, rule in enumerate(self.rules):
-            if index not in used:
-                raise unmatched_rule_error(rule, self.graph)
+            if index in used:
+                continue
+            if index in refused:
+                raise PlanError(f"The rule for {rule.match!r} {refused[index]}.")
+            raise unmatched_rule_error(rule, self.graph)
 
-    def _decide(self, names: Iterable[str], used: set[int]) -> None:
-        """Choose for each name by its rule, which counts as used, or by the scheme."""
+    def _decide(self, names: Iterable[str], used: set[int | None], refused: dict[int, str]) -> None:
+        """Choose for each name by its rule, which counts as used or has its refusal noted, or by the scheme."""
         for name in names:
             calls = self.graph.calls_of(name)
             call = calls[0]
             index = next((i for i, r in enumerate(self.rules) if r.matches(name, call.type, call.kind)), None)
             rule = None if index is None else self.rules[index]
-            if index is not None:
-                used.add(index)
             if rule is not None and rule.keep == "float":
                 self.floats[name] = f"rule {rule.match!r}"
             elif why := self._why_float(calls):
-                if rule is not None:
-                    raise PlanError(f"The rule for {rule.match!r} asks to quantise {name!r}, but {why}. Keep it float.")
                 self.floats[name] = why
+                if index is not None:  # a pattern may quantise what else it matches
+                    refused.setdefault(index, f"asks to quantise {name!r}, but {why}. Keep it float")
+                    continue
             else:
                 self.choices[name] = self._choice(rule)
+            used.add(index)
 
     def _why_float(self, calls: Sequence[Call]) -> str | None:
         call = calls[0]

@@ -26,7 +26,7 @@ class Quantization(NamedTuple):
     zero_point: Tensor
     low: int
     high: int
-    kernels: str
+    kernels: str = "onnxruntime"  # the operator's own default, which a dispatcher leaves out
 
     def codes(self, x: Tensor) -> Tensor:
         """The codes of other values on the same grid."""

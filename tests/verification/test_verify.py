@@ -206,7 +206,8 @@ def test_a_layer_that_is_called_twice_is_compared_call_by_call(tmp_path: Path, s
     model, artifact = exported(Repeated(), (x,), tmp_path / "model.onnx", scheme=scheme, rules=rules)
     report = ig.verify(model, artifact, [x])
     assert report, report.failures
-    assert sorted(check.name for check in report.graph) == ["fc", "fc_2", "fc_2_2", "first", "first_2"]
+    layers = sorted(check.name for check in report.graph if not check.name.startswith("gelu"))
+    assert layers == ["fc", "fc_2", "fc_2_2", "first", "first_2"]
     assert {check.arithmetic for check in report.graph} == {"integer"}
     changed = edited(artifact, change("again.weight"), tmp_path / "changed.onnx")
     assert ig.verify(model, changed, [x]).failures[0].startswith("stored tensor first.weight: 1 of ")

@@ -13,8 +13,9 @@ import isogrid as ig
 from isogrid.errors import ArtifactError, PlanError, TargetError
 from isogrid.planning.plan import Plan
 from isogrid.targets import target_from_name
+from isogrid.targets.onnx_artifact import export_float
 from isogrid.targets.onnx_runtime_session import open_session
-from isogrid.targets.onnxruntime import SESSION_OPTIONS, export_float
+from isogrid.targets.onnxruntime import SESSION_OPTIONS
 from tests.verification.examples import exported
 
 

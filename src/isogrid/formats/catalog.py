@@ -17,13 +17,14 @@ from isogrid.formats.floats import ExponentGrid, FloatGrid, NativeGrid
 from isogrid.formats.format import Format
 from isogrid.formats.granularity import Granularity, PerChannel, PerFlatGroup, PerGroup, PerTensor, PerTile, PerToken
 from isogrid.formats.grid import Grid, IntegerGrid
+from isogrid.formats.tables import LookupGrid
 
 GRAMMAR = """grid/granularity[:option,...]
   grid: int1..int8, int16, uint1..uint8, uint16, fp8_e4m3, fp8_e5m2, fp6_e3m2, fp6_e2m3, fp4_e2m1, nf4, ternary, binary,
         log2-2..log2-8, apot-3..apot-7, e8p
   granularity: tensor, channel, channel1 (axis 1), token, group32, tile16x16, flat256
   option: scale=float32|float16|bfloat16|e8m0|fp8_e4m3|fp8_e5m2, pad and axis=0 (groups), narrow, midrise,
-        half_up, asymmetric (int), symmetric (uint)"""
+        half_up, asymmetric (int), symmetric (uint), even (zero points)"""
 
 _TERNARY = IntegerGrid(-1, 1)
 
@@ -112,6 +113,7 @@ _EXAMPLES = (
     "int2/channel:midrise",
     "int16/tensor",
     "uint8/tensor",
+    "uint8/tensor:even,scale=e8m0",
     "uint8/token",
     "uint4/group32",
     "uint4/tensor:symmetric",
@@ -146,6 +148,8 @@ def named_format(name: str) -> Format:
       One bit is {-1, 0}; weights want `binary` or `int1/...:midrise`, {-1/2, 1/2}.
     - `uintN` holds 0 .. 2**N-1 and has a zero point stored as uintN; `symmetric` drops the zero point, `narrow` the 0.
     - `half_up` rounds ties of integers up instead of to the even one.
+    - `even` allows even zero points only, so that it makes no difference whether a runtime rounds before or after it
+      adds them.
     - `scale=...` says how the scale is stored: float32 unless said, or another float type.
     - `pad` lets the last group of a row be short; it is stored in full. `axis=0` cuts groups from that dimension
       instead of the last.
@@ -195,6 +199,8 @@ def _composed(name: str) -> Format:
     zero_point = None
     if re.fullmatch(r"u?int\d+", grid_name) and isinstance(grid, IntegerGrid):
         grid, zero_point = _integer_options(grid, options)
+    if zero_point is not None and options.pop("even", None) is not None:
+        zero_point = _plain(_even(zero_point.grid))
     if isinstance(granularity, PerGroup):
         granularity = replace(granularity, pads=options.pop("pad", None) is not None, axis=_axis(options))
     if options:
@@ -204,7 +210,7 @@ def _composed(name: str) -> Format:
 
 def _options(words: list[str], name: str) -> dict[str, str]:
     """The options by name; those that are words of their own have an empty value."""
-    known = ["scale", "narrow", "midrise", "half_up", "symmetric", "asymmetric", "pad", "axis"]
+    known = ["scale", "narrow", "midrise", "half_up", "symmetric", "asymmetric", "even", "pad", "axis"]
     options: dict[str, str] = {}
     for word in words:
         option, equals, value = word.partition("=")
@@ -240,6 +246,10 @@ def _integer_options(grid: IntegerGrid, options: dict[str, str]) -> tuple[Intege
     if not half_up and zero_point is None and options.pop("midrise", None) is not None:
         grid = replace(grid, midrise=True)
     return grid, zero_point
+
+
+def _even(grid: Grid) -> Grid:
+    return LookupGrid(tuple(value for value in grid.values().tolist() if value % 2 == 0))
 
 
 def _grid(word: str, name: str) -> Grid:

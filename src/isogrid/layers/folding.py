@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from isogrid.formats import Grid
 from isogrid.layers.arithmetic import smallest_weight_scale
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
@@ -27,7 +28,7 @@ class Folded(NamedTuple):
 
     Attributes:
         weight_factor: the weight is divided by `weight_scale * weight_factor` to give the codes; negative where batch
-            norm's factor is, and larger than 1 only where the bias would not fit otherwise.
+            norm's factor is; its magnitude is 1 but where the bias would not fit, or the scale had to be rounded.
         scale: the scale of the folded weight, positive.
         shift: what is added after scaling: the folded bias.
     """
@@ -48,17 +49,25 @@ def factor_and_shift(batch_norm: BatchNorm, bias: Tensor | None) -> tuple[Tensor
     return factor, offset + ((mean.new_zeros(()) if bias is None else bias.detach().float()) - mean) * factor
 
 
-def fold(weight_scale: Tensor, input_scale: Tensor, bias: Tensor | None, batch_norm: BatchNorm | None) -> Folded:
+def fold(
+    weight_scale: Tensor,
+    input_scale: Tensor,
+    bias: Tensor | None,
+    batch_norm: BatchNorm | None,
+    scale_grid: Grid | None = None,
+) -> Folded:
     """Scales and shift for deployment.
 
     A channel whose shift is so large against its scale that the int32 bias would overflow gets a larger scale;
-    batch norm's dead channels are of this kind, and all their codes become zero.
+    batch norm's dead channels are of this kind, and all their codes become zero. Scales that are stored on a grid of
+    their own, such as powers of two, are rounded to it after folding, and the codes are those of the rounded scale.
 
     Args:
         weight_scale: of the quantiser, positive, float32 [channels] or [1].
         input_scale: float32 [1].
         bias: of the layer, [channels] or None.
         batch_norm: in evaluation, or None.
+        scale_grid: how scales are stored; None for float32.
 
     >>> folded = fold(torch.tensor([0.5, 0.5]), torch.tensor([0.1]), torch.tensor([1.0, 0.0]), None)
     >>> folded.scale, folded.shift
@@ -72,5 +81,8 @@ def fold(weight_scale: Tensor, input_scale: Tensor, bias: Tensor | None, batch_n
     sign = torch.where(factor < 0, -1.0, 1.0)
     scale = weight_scale.detach() * factor.abs()
     smallest = smallest_weight_scale(shift, input_scale.detach()).clamp(min=SMALLEST_SCALE)
-    growth = torch.where(scale < smallest, smallest / scale, 1.0).clamp(max=LARGEST_GROWTH)
-    return Folded(sign * growth, torch.maximum(scale, smallest), shift)
+    if scale_grid is None:
+        growth = torch.where(scale < smallest, smallest / scale, 1.0).clamp(max=LARGEST_GROWTH)
+        return Folded(sign * growth, torch.maximum(scale, smallest), shift)
+    stored = scale_grid.nearest(torch.maximum(scale, 2 * smallest))
+    return Folded(sign * (stored / scale).clamp(max=LARGEST_GROWTH), stored, shift)

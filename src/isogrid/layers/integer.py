@@ -169,19 +169,11 @@ class IntegerConvolution(IntegerLayer):
     def forward(self, input: Tensor) -> Tensor:
         x = input if self.edges is None else F.pad(input, self.edges[0], mode=self.edges[1])
         o = self.operation
-        codes = ops.static_convolution(
-            self.quantized("input", x),
-            *self.grid("input"),
-            self.codes,
-            self.weight_scale,
-            self.bias,
-            *self.grid("output"),
-            o.stride,
-            o.padding,
-            o.dilation,
-            o.groups,
-            *self.limits["output"],
-        )
+        operands = (self.quantized("input", x), *self.grid("input"), self.codes, self.weight_scale, self.bias)
+        geometry = (o.stride, o.padding, o.dilation, o.groups)
+        if not self.has_output_grid:
+            return ops.static_convolution_float(*operands, *geometry)  # type: ignore[no-any-return]
+        codes = ops.static_convolution(*operands, *self.grid("output"), *geometry, *self.limits["output"])
         return self.dequantized("output", codes)
 
 
@@ -225,6 +217,27 @@ def is_broadcast(a: Tensor, b: Tensor) -> bool:
     True
     """
     return a.dim() < b.dim() or (a.dim() == b.dim() and a.numel() < b.numel())
+
+
+class IntegerFusedAdd(IntegerSite):
+    """Addition of values of which some lie on a grid, rounded once.
+
+    Args:
+        quantized: for each input, whether it lies on a grid; `inputs` are the grids of those that do.
+    """
+
+    def __init__(self, quantized: Sequence[bool], inputs: Sequence[StaticGrid], output: StaticGrid, kernels: str):
+        super().__init__(inputs, output, kernels)
+        self.quantizes = tuple(quantized)
+
+    def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
+        names = iter(self.names)
+        pairs = zip(args[:2], self.quantizes, strict=True)
+        parts = [self._on_grid(next(names), x) if quantized else x for x, quantized in pairs]
+        return ops.dequantize(self.quantized("output", parts[0] + parts[1]), *self.grid("output"))  # type: ignore[no-any-return]
+
+    def _on_grid(self, name: str, x: Tensor) -> Tensor:
+        return self.dequantized(name, self.quantized(name, x))
 
 
 class IntegerAveragePool(IntegerSite):

@@ -5,7 +5,7 @@ them. Sites, their integer twins and the operators `torch.ops.isogrid.*` carry t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -31,6 +31,8 @@ class Kernels:
         global_average_pool: over all of space, [batch, channels, *space] to [batch, channels, 1, ...].
         table: of the codes of an elementwise function; see `activations.lookup_table`, which holds wherever the table
             itself is deployed.
+        code_bound: share of the codes of one operation that the runtime may round to the neighbour, where scales are
+            not powers of two; by powers of two everybody rounds alike.
     """
 
     quantize: Kernel
@@ -39,16 +41,21 @@ class Kernels:
     average_pool: Kernel
     global_average_pool: Kernel
     table: Kernel = lookup_table
+    code_bound: float = 0.0
 
+
+_ONNX_RUNTIME = Kernels(
+    quantize=arithmetic.quantize,
+    add=onnxruntime_kernels.add,
+    multiply=onnxruntime_kernels.multiply,
+    average_pool=onnxruntime_kernels.average_pool,
+    global_average_pool=onnxruntime_kernels.global_average_pool,
+)
 
 KERNELS: dict[str, Kernels] = {
-    "onnxruntime": Kernels(
-        quantize=arithmetic.quantize,
-        add=onnxruntime_kernels.add,
-        multiply=onnxruntime_kernels.multiply,
-        average_pool=onnxruntime_kernels.average_pool,
-        global_average_pool=onnxruntime_kernels.global_average_pool,
-    ),
+    "onnxruntime": _ONNX_RUNTIME,
+    # OpenVINO multiplies by reciprocals, adds zero points before it rounds, and the bias after it scales.
+    "openvino": replace(_ONNX_RUNTIME, code_bound=1e-3),
     "xnnpack": Kernels(
         quantize=xnnpack_kernels.quantize,
         add=xnnpack_kernels.add,

@@ -1,10 +1,12 @@
 """What all quantised layers with a weight share."""
 
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from isogrid.formats import Format, NativeGrid, named_format
 from isogrid.layers import arithmetic
 from isogrid.layers.batch_norm import AbsorbedBatchNorm
 from isogrid.layers.clamp import Clamp
@@ -121,11 +123,11 @@ class QuantizedLayer(nn.Module):
         x_operand: Operand,
         weight_operand: Operand,
     ) -> Tensor:
-        weight_scale, x_scale = weight_operand.affine.scale, x_operand.affine.scale
+        weight_scale, x_scale = weight_operand.affine.scale, x_operand.format.stored(x_operand.affine).scale
         assert weight_scale is not None and x_scale is not None
         folded = self._folded(weight_scale, x_scale, len(weight), bias)
         signed = weight_scale * _like_channels(folded.weight_factor, weight)
-        weight_operand = weight_operand._replace(affine=weight_operand.affine._replace(scale=signed))
+        weight_operand = _with_scale(weight_operand, signed)
         x_scale = x_scale.detach()
         quantizer = self.output_quantizer
         finish = Finish(
@@ -160,7 +162,8 @@ class QuantizedLayer(nn.Module):
     def _folded(self, weight_scale: Tensor, x_scale: Tensor, channels: int, bias: Tensor | None) -> Folded:
         per_channel = weight_scale.detach().reshape(-1).expand(channels)
         norm: Any = self.batch_norm
-        return fold(per_channel, x_scale, bias, norm)
+        fmt: Any = self.weight_quantizer.format
+        return fold(per_channel, x_scale, bias, norm, None if _stores_float32(fmt) else fmt.scale.grid)
 
     @torch.no_grad()
     def integer_parts(self) -> tuple[Tensor, Tensor, Tensor, StaticGrid, StaticGrid | None]:
@@ -189,7 +192,9 @@ class QuantizedLayer(nn.Module):
         if gain is None or operand.affine.scale is None:
             return operand
         sign = _like_channels(torch.where(gain.detach() < 0, -1.0, 1.0), operand.affine.scale)
-        return operand._replace(affine=operand.affine._replace(scale=operand.affine.scale * sign))
+        stored = operand.format.stored(operand.affine).scale
+        assert stored is not None
+        return _with_scale(operand, (operand.affine.scale + (stored - operand.affine.scale).detach()) * sign)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"weight={self.weight_quantizer.format}"]
@@ -199,6 +204,17 @@ class QuantizedLayer(nn.Module):
         if self.clamp is not None:
             parts.append(str(self.clamp))
         return ", ".join(part for part in parts if part)
+
+
+def _with_scale(operand: Operand, scale: Tensor) -> Operand:
+    """A weight's operand with a scale that is taken as it is, whatever its format stores."""
+    fmt = operand.format
+    fmt = fmt if _stores_float32(fmt) else replace(fmt, scale=named_format("float32"))
+    return operand._replace(format=fmt, affine=operand.affine._replace(scale=scale))
+
+
+def _stores_float32(fmt: Format) -> bool:
+    return fmt.scale is None or fmt.scale.grid == NativeGrid(torch.float32)
 
 
 def _like_channels(per_channel: Tensor, weight: Tensor) -> Tensor:

@@ -121,12 +121,7 @@ def _(
     low: int,
     high: int,
 ) -> Tensor:
-    rank = weight.dim() - 2
-    total = [padding[i] + padding[i - rank] for i in range(rank)]
-    space = [
-        (length + pad - d * (kernel - 1) - 1) // step + 1
-        for length, kernel, step, pad, d in zip(x.shape[2:], weight.shape[2:], stride, total, dilation, strict=True)
-    ]
+    space = _convolved(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     return x.new_empty((x.shape[0], weight.shape[0], *space), dtype=y_zero_point.dtype)
 
 
@@ -159,6 +154,42 @@ def _(
     return torch.cat(list(parts), dim=axis).to(y_zero_point.dtype)
 
 
+@custom_op("isogrid::static_convolution_float", mutates_args=())
+def static_convolution_float(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Convolution from codes to float32 values, for what is computed in the same kernel."""
+    accumulator = arithmetic.convolution(x, x_zero_point, weight, bias, stride, padding, dilation, groups)
+    scale = weight_scale.reshape(-1, *[1] * (weight.dim() - 2))
+    return arithmetic.dequantize_accumulator(accumulator, x_scale, scale)
+
+
+@static_convolution_float.register_fake
+def _(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    space = _convolved(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    return x.new_empty((x.shape[0], weight.shape[0], *space), dtype=torch.float32)
+
+
 @custom_op("isogrid::matmul_nbits", mutates_args=())
 def matmul_nbits(
     x: Tensor,
@@ -186,3 +217,15 @@ def _(
     accuracy_level: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], packed.shape[0]), dtype=torch.float32)
+
+
+def _convolved(
+    space: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Sizes of a convolution's output; padding is one number a dimension, or two."""
+    rank = len(kernel)
+    total = [padding[i] + padding[i - rank] for i in range(rank)]
+    return [
+        (length + pad - d * (size - 1) - 1) // step + 1
+        for length, size, step, pad, d in zip(space, kernel, stride, total, dilation, strict=True)
+    ]

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from isogrid.layers import arithmetic
 from isogrid.layers.clamp import Clamp
-from isogrid.layers.integer import IntegerAdd, IntegerAveragePool, IntegerConcat, StaticGrid, is_broadcast
+from isogrid.layers.integer import (
+    IntegerAdd,
+    IntegerAveragePool,
+    IntegerConcat,
+    IntegerFusedAdd,
+    StaticGrid,
+    is_broadcast,
+)
 from isogrid.layers.kernels import KERNELS
 from isogrid.layers.layer import static_grid
 from isogrid.layers.pooling import pooling_of
@@ -31,7 +38,8 @@ class QuantizedSite(nn.Module):
         kernels: how the runtime computes, by name.
 
     Attributes:
-        input_quantizer0, input_quantizer1, ...: owned where nobody else quantises that input, else links.
+        input_quantizer0, input_quantizer1, ...: owned where nobody else quantises that input, else links; None where it
+            stays float.
         output_quantizer: owned, or shared with other sites that must have the same grid.
     """
 
@@ -44,7 +52,7 @@ class QuantizedSite(nn.Module):
         self.kernels = kernels
 
     @property
-    def input_quantizers(self) -> list[Quantizer]:
+    def input_quantizers(self) -> list[Quantizer | None]:
         """The quantizer of each input."""
         return [getattr(self, f"input_quantizer{number}") for number in range(len(self.inputs_on_grid))]
 
@@ -54,8 +62,11 @@ class QuantizedSite(nn.Module):
 
     def operands(self, inputs: Sequence[Tensor]) -> list[Operand | None]:
         """How each input is quantised now, after observers have seen those that nobody else quantises."""
-        found = []
+        found: list[Operand | None] = []
         for x, quantizer, fed in zip(inputs, self.input_quantizers, self.inputs_on_grid, strict=True):
+            if quantizer is None:
+                found.append(None)
+                continue
             if not fed:
                 quantizer.observe(x)
             found.append(quantizer.operand(x, fed))
@@ -95,7 +106,7 @@ class QuantizedSite(nn.Module):
             if self.clamp is not None:
                 low, high = self.clamp.limits(*stored_grid(operand, torch.float32), grid.low, grid.high)
                 codes = codes.clamp(low, high)
-            units = grid.decode(codes, operand.affine.zero_point)
+            units = grid.decode(codes, operand.format.stored(operand.affine).zero_point)
         return with_exact_value(y, units, operand, shape)
 
     def to_integer(self) -> nn.Module:
@@ -106,10 +117,10 @@ class QuantizedSite(nn.Module):
         """The grids of inputs and output, as deployment stores them."""
         assert self.output_quantizer is not None
         output = static_grid(self.output_quantizer).clamped(self.clamp)
-        return [static_grid(quantizer) for quantizer in self.input_quantizers], output
+        return [static_grid(quantizer) for quantizer in self.input_quantizers if quantizer is not None], output
 
     def extra_repr(self) -> str:
-        inputs = ", ".join(str(quantizer.format) for quantizer in self.input_quantizers)
+        inputs = ", ".join("float" if q is None else str(q.format) for q in self.input_quantizers)
         output = "float" if self.output_quantizer is None else str(self.output_quantizer.format)
         return f"inputs={inputs}, output={output}" + (f", {self.clamp}" if self.clamp else "")
 
@@ -130,6 +141,20 @@ class QuantizedAdd(QuantizedSite):
 
     def to_integer(self) -> nn.Module:
         return IntegerAdd(*self.integer_grids(), self.kernels)
+
+
+class QuantizedFusedAdd(QuantizedSite):
+    """`a + b` inside the layer that computes one of them, whose float output is added before anything is rounded."""
+
+    def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
+        operands = self.operands(args[:2])
+        a, b = (self.quantized(x, operand) for x, operand in zip(args[:2], operands, strict=True))
+        return self.finish(a + b, [None], _nothing)
+
+    def to_integer(self) -> nn.Module:
+        grids, output = self.integer_grids()
+        quantized = [quantizer is not None for quantizer in self.input_quantizers]
+        return IntegerFusedAdd(quantized, grids, output, self.kernels)
 
 
 class QuantizedAveragePool(QuantizedSite):
@@ -161,6 +186,10 @@ class QuantizedConcat(QuantizedSite):
         return IntegerConcat(*self.integer_grids(), self.kernels)
 
 
+def _nothing(*output: Any) -> Tensor:
+    raise NotImplementedError  # a sum with a float part has no codes of its own
+
+
 def stored(x: Tensor, operand: Operand | None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and zero point (of the codes' dtype) of a tensor, as arithmetic functions take them."""
     assert operand is not None
@@ -170,9 +199,9 @@ def stored(x: Tensor, operand: Operand | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def stored_grid(operand: Operand, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of an operand, the latter by default in the codes' dtype."""
+    """Scale and zero point of an operand as they are stored, the latter by default in the codes' dtype."""
     grid: Any = operand.format.grid
-    scale, zero_point, _ = operand.affine
+    scale, zero_point, _ = operand.format.stored(operand.affine)
     assert scale is not None
     zero_point = torch.zeros_like(scale) if zero_point is None else zero_point
     return scale.detach(), zero_point.detach().to(dtype or grid.code_dtype)

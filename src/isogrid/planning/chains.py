@@ -1,7 +1,7 @@
 """Chains: a computing call with the batch norm and the clamp behind it, which it does itself."""
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from isogrid.planning.graph import COMPUTING_KINDS, Call, Graph
@@ -89,3 +89,29 @@ def _clamps(graph: Graph, chain: Chain) -> list[Call]:
 def _absorbs_all(graph: Graph, chain: Chain, chains: dict[str, Chain]) -> bool:
     absorbed = Counter(clamp.name for other in chains.values() for clamp in other.clamps)
     return all(absorbed[clamp.name] == len(graph.calls_of(clamp.name)) for clamp in chain.clamps)
+
+
+def fused_additions(graph: Graph, chains: Mapping[str, Chain]) -> dict[str, int]:
+    """For each addition that the layer before it can compute, the value which that layer does not round.
+
+    Where both sides come straight from a layer, the later one computes the addition.
+    """
+    layers = {chain.value: chain for chain in chains.values() if chain.call.kind in ("linear", "convolution")}
+    order = {call.name: number for number, call in enumerate(graph.calls)}
+    found = {}
+    for name, chain in chains.items():
+        calls = graph.calls_of(name)
+        if chain.call.kind != "add" or len(calls) > 1 or len(chain.call.inputs) < 2:
+            continue
+        fusible = [
+            value
+            for value in dict.fromkeys(chain.call.inputs)
+            if value in layers
+            and layers[value].clamp is None
+            and len(graph.calls_of(layers[value].call.name)) == 1
+            and layers[value].call.shape == chain.call.shape
+            and graph.only_consumer(value) is chain.call
+        ]
+        if fusible:
+            found[name] = max(fusible, key=lambda value: order[layers[value].call.name])
+    return found

@@ -37,12 +37,19 @@ class Grids:
         chains: of the computing calls that are quantised.
         concats: names of the concatenations that may be quantised.
         float_endings: kinds of layers that leave their output in float where nothing integer reads it.
+        floats: values that their layers leave float, for whatever reads them.
     """
 
     def __init__(
-        self, graph: Graph, chains: Mapping[str, Chain], concats: Collection[str], float_endings: Collection[str]
+        self,
+        graph: Graph,
+        chains: Mapping[str, Chain],
+        concats: Collection[str],
+        float_endings: Collection[str],
+        floats: Collection[int] = (),
     ):
         self.graph, self.chains = graph, chains
+        self._floats = frozenset(floats)
         self._parent: dict[int, int] = {}
         self._concats = frozenset(concats)
         self._float_endings = frozenset(float_endings)
@@ -63,11 +70,14 @@ class Grids:
                 ends = [chains[name].value_of(call) if name in chains else call.output for call in (first, other)]
                 self._merge(*ends)
 
-    def feeds(self, name: str) -> tuple[Feed, ...]:
-        """Where the inputs of the calls of a name get their grids."""
+    def feeds(self, name: str) -> tuple[Feed | None, ...]:
+        """Where the inputs of the calls of a name get their grids; None for those that stay float."""
         calls = self.graph.calls_of(name)
-        feeds = []
+        feeds: list[Feed | None] = []
         for position, value in enumerate(calls[0].inputs):
+            if value in self._floats:
+                feeds.append(None)
+                continue
             origins = [self.graph.origin(call.inputs[position]) for call in calls]
             on_grid = all(exact and self._is_produced(origin) for origin, exact in origins)
             feeds.append(Feed(self.owner_of(value), on_grid))
@@ -107,7 +117,7 @@ class Grids:
             if call.name in self.concats or call.name in self.chains:
                 for number, value in enumerate(call.inputs):
                     origin = self._origin(value)
-                    if not self._is_produced(origin):
+                    if origin not in self._floats and not self._is_produced(origin):
                         kind = "input" if len(call.inputs) == 1 else f"input{number}"
                         inputs.append((call, kind, value, self._root(origin)))
             if call.name in self.chains:
@@ -122,7 +132,7 @@ class Grids:
         if producer is not None and producer.name in self.concats:
             return True
         chain = self._chain_of_value.get(value)
-        if chain is None:
+        if chain is None or value in self._floats:
             return False
         values = [chain.value_of(call) for call in chain.calls]
         return chain.call.kind not in self._float_endings or any(self._is_read(v) for v in values)

@@ -15,7 +15,7 @@ from isogrid.formats import Format, named_format
 from isogrid.layers.borrowed import TakenApart
 from isogrid.layers.weights import weight_key, weight_of
 from isogrid.planning.arguments import Arguments
-from isogrid.planning.chains import Chain, find_chains
+from isogrid.planning.chains import Chain, find_chains, fused_additions
 from isogrid.planning.graph import COMPUTING_KINDS, LAYER_KINDS, Call, Graph
 from isogrid.planning.grids import Grids
 from isogrid.planning.norms import as_convolutions, lone_norms
@@ -141,7 +141,8 @@ class Placement:
         concats = [name for name in self.choices if self.graph.calls_of(name)[0].kind == "concat"]
         if idle := idle_tables(self.graph, chains, concats):
             chains = find_chains(self.graph, self.choices.keys() - idle)
-        grids = Grids(self.graph, chains, concats, self.target.float_endings)
+        fused = fused_additions(self.graph, chains) if self.target.fuses_additions else {}
+        grids = Grids(self.graph, chains, concats, self.target.float_endings, fused.values())
         layers: list[LayerPlan] = []
         operations: list[OperationPlan] = []
         for name in self.choices:
@@ -156,7 +157,8 @@ class Placement:
                     norm = chain.batch_norm.name if chain.batch_norm else name if name in self._norms else None
                     layers.append(LayerPlan(name, self._weight_owner[name], feeds[0], output, norm, clamp))
                 elif output is not None:
-                    operations.append(OperationPlan(call.scope, _site(call), call.kind, feeds, output, clamp))
+                    kind = "fused_add" if name in fused else call.kind
+                    operations.append(OperationPlan(call.scope, _site(call), kind, feeds, output, clamp))
             elif name in grids.concats:
                 owner = grids.owner_of(call.output)
                 operations.append(OperationPlan(call.scope, _site(call), "concat", grids.feeds(name), owner))

@@ -78,14 +78,14 @@ class OperationPlan:
     Attributes:
         scope: path of the module.
         site: name of the call within its forward.
-        kind: add, concat, average_pool or activation.
+        kind: add, concat, average_pool, activation, or fused_add for an addition inside the layer before it.
         inputs, output, clamp: as for a layer.
     """
 
     scope: str
     site: str
     kind: str
-    inputs: tuple[Feed, ...]
+    inputs: tuple[Feed | None, ...]
     output: str
     clamp: Clamp | None = None
 
@@ -168,7 +168,7 @@ class Plan:
                 ),
                 operations=tuple(
                     OperationPlan(
-                        **{**o, "inputs": tuple(Feed(**feed) for feed in o["inputs"]), "clamp": _clamp(o["clamp"])}
+                        **{**o, "inputs": tuple(_feed(feed) for feed in o["inputs"]), "clamp": _clamp(o["clamp"])}
                     )
                     for o in data["operations"]
                 ),

@@ -24,7 +24,13 @@ from isogrid.layers.layer import QuantizedLayer, link, replacement
 from isogrid.layers.linear import QuantizedLinear
 from isogrid.layers.norm import QuantizedBatchNorm1d, QuantizedBatchNorm2d, QuantizedBatchNorm3d
 from isogrid.layers.scope import OperationScope, check_scope, open_scope
-from isogrid.layers.sites import QuantizedAdd, QuantizedAveragePool, QuantizedConcat, QuantizedSite
+from isogrid.layers.sites import (
+    QuantizedAdd,
+    QuantizedAveragePool,
+    QuantizedConcat,
+    QuantizedFusedAdd,
+    QuantizedSite,
+)
 from isogrid.layers.weights import refresh_weights, weight_of
 from isogrid.planning.classify import kind_of, layer_type
 from isogrid.planning.exchange import exchange, take_apart
@@ -60,6 +66,7 @@ LONE_NORMS: dict[type[nn.Module], type[nn.Module]] = {
 OPERATIONS: dict[str, type[QuantizedSite]] = {
     "activation": QuantizedActivation,
     "add": QuantizedAdd,
+    "fused_add": QuantizedFusedAdd,
     "average_pool": QuantizedAveragePool,
     "concat": QuantizedConcat,
 }
@@ -206,9 +213,10 @@ class _Builder:
 
     def _site(self, plan: OperationPlan) -> QuantizedSite:
         name = f"{plan.scope}.{plan.site}".lstrip(".")
-        site = OPERATIONS[plan.kind]([feed.on_grid for feed in plan.inputs], plan.clamp, self.plan.kernels)
+        on_grid = [feed is not None and feed.on_grid for feed in plan.inputs]
+        site = OPERATIONS[plan.kind](on_grid, plan.clamp, self.plan.kernels)
         for number, feed in enumerate(plan.inputs):
-            self._give(site, name, f"input_quantizer{number}", feed.grid)
+            self._give(site, name, f"input_quantizer{number}", None if feed is None else feed.grid)
         self._give(site, name, "output_quantizer", plan.output)
         return site
 

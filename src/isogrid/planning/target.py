@@ -25,6 +25,11 @@ class Target(Protocol):
         """The kinds of layers whose integer kernel may leave its output in float, where nothing integer reads it."""
         ...
 
+    @property
+    def fuses_additions(self) -> bool:
+        """Whether an addition is computed inside the layer before it, so that the layer's own output is not rounded."""
+        ...
+
     def scheme_for(self, scheme: Scheme) -> Scheme:
         """The scheme as this runtime stores it: another format of activations, another precision of scales."""
         ...

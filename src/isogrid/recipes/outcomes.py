@@ -22,8 +22,8 @@ from isogrid.report import (
     write_results,
 )
 from isogrid.targets import Artifact, target_from_name
+from isogrid.targets.onnx_artifact import export_float
 from isogrid.targets.onnx_runtime_session import open_session
-from isogrid.targets.onnxruntime import export_float
 
 LATENCY_BATCH = 64
 ROUNDS = 100

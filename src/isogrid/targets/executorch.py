@@ -31,6 +31,7 @@ class ExecuTorch:
     name = "executorch"
     kernels = "xnnpack"
     float_endings: frozenset[str] = frozenset()
+    fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:
         """The scheme with activations as XNNPACK stores them: int8 with a zero point."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from isogrid.targets.onnx_graph import finish
+from isogrid.targets.onnx_graph import ONNX_RUNTIME_PASSES, Pass, finish
 from isogrid.targets.onnx_registry import registry_made_once
 from isogrid.targets.onnx_translation import TRANSLATIONS
 
@@ -29,6 +29,7 @@ def to_onnx(
     dynamic_batch: bool = True,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
+    passes: Sequence[Pass] = ONNX_RUNTIME_PASSES,
 ) -> onnx.ModelProto:
     """The ONNX model of a module that is made of `isogrid` operators and of what ONNX knows.
 
@@ -37,6 +38,7 @@ def to_onnx(
         example_inputs: positional arguments of its forward.
         dynamic_batch: leave the first dimension of every input open.
         input_names, output_names: in the file; by default the names in forward, and what the exporter calls them.
+        passes: what the file's reader needs.
     """
     if dynamic_batch:
         # The exporter takes a dimension of one for a constant.
@@ -59,7 +61,7 @@ def to_onnx(
             output_names=output_names,
         )
     assert program is not None
-    return finish(program.model)
+    return finish(program.model, passes)
 
 
 def _takes_any_arguments(module: nn.Module) -> bool:

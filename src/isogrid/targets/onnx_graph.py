@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -27,21 +27,22 @@ MODULE_PATH = "pkg.torch.onnx.name_scopes"
 ORIGIN = "pkg.torch.onnx.fx_node"
 
 
-def finish(model: ir.Model) -> onnx.ModelProto:
+Pass = Callable[[ir.Model], None]
+
+
+def finish(model: ir.Model, passes: Sequence[Pass]) -> onnx.ModelProto:
     """The file of an exported model, which computes the same bits.
 
     - The codes of each quantised tensor are named after their scale: those of `conv1.output_scale` are `conv1.output`.
       They are what QuantizeLinear makes, after the Clip that narrows it.
     - A QuantizeLinear that undoes the DequantizeLinear before it is removed, as is all that is computed twice.
-    - Weight codes of four bits or fewer are stored as INT4 or INT2, and cast to INT8 where they are used: ONNX Runtime
-      folds the cast when it loads the model and then uses its 8-bit kernels. INT2 needs opset 25.
     - Elementwise functions of codes become float operators, where these give the same codes, or tables.
-    - What was float between two quantised tensors stays float: a Min with infinity keeps ONNX Runtime from replacing it
-      by an integer kernel, whose codes differ here and there.
+    - What its reader needs besides is done by the passes.
     - Nothing is stored that a reader can infer.
 
     Args:
         model: as `torch.onnx.export(..., optimize=False)` makes it; changed in place.
+        passes: for its reader, such as `ONNX_RUNTIME_PASSES`.
     """
     _name_codes(model.graph)
     _remove_round_trips(model.graph)
@@ -49,8 +50,8 @@ def finish(model: ir.Model) -> onnx.ModelProto:
     optimizer.optimize_ir(model, should_fold=_should_fold)
     common.IdentityEliminationPass()(model)
     _make_scalars(model.graph)
-    _prepare_weights(model)
-    _keep_float(model.graph)
+    for change in passes:
+        change(model)
     _strip(model)
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
     model.ir_version = onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)
@@ -111,7 +112,11 @@ def _make_scalars(graph: ir.Graph) -> None:
                 node.attributes.pop("axis", None)
 
 
-def _prepare_weights(model: ir.Model) -> None:
+def prepare_weights(model: ir.Model) -> None:
+    """Weight codes of four bits or fewer are stored as INT4 or INT2, and cast to INT8 where they are used.
+
+    ONNX Runtime folds the cast when it loads the model and then uses its 8-bit kernels. INT2 needs opset 25.
+    """
     for node in list(model.graph):
         weight = node.inputs[0] if node.op_type in ("DequantizeLinear", "Gather") else None
         if weight is None or weight.const_value is None or weight.const_value.dtype != ir.DataType.INT8:
@@ -174,8 +179,13 @@ def _give_zero_point(dequantize: ir.Node, graph: ir.Graph) -> None:
 
 
 
-def _keep_float(graph: ir.Graph) -> None:
-    """Nodes that one operator of ours was translated to belong together; a pattern across two is none of ours."""
+def keep_float(model: ir.Model) -> None:
+    """What was float between two quantised tensors stays float.
+
+    A Min with infinity keeps ONNX Runtime from replacing it by an integer kernel, whose codes differ here and there.
+    Nodes that one operator of ours was translated to belong together; a pattern across two is none of ours.
+    """
+    graph = model.graph
     for node in list(graph):
         y = node.outputs[0]
         if node.op_type in REPLACED:
@@ -247,3 +257,7 @@ def _same_constant(a: ir.Value, b: ir.Value) -> bool:
     if x is None or y is None or x.dtype != y.dtype:
         return False
     return bool(np.array_equal(x.numpy().reshape(-1), y.numpy().reshape(-1)))
+
+
+ONNX_RUNTIME_PASSES: tuple[Pass, ...] = (prepare_weights, keep_float)
+"""What ONNX Runtime needs in order to compute the bits that were trained, in its integer kernels."""

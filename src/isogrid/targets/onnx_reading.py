@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from numpy.typing import NDArray
 from onnx import AttributeProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
+from torch import Tensor
 
 Array = NDArray[Any]
 
@@ -136,3 +139,15 @@ def type_name(element_type: int) -> str:
 def nodes_of(graph: OnnxGraph, *kinds: str) -> Iterator[NodeProto]:
     """The nodes of these kinds, in order."""
     yield from (node for node in graph.nodes if node.op_type in kinds)
+
+
+def stored_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The initialisers of a file by name; the narrow integers and floats as float32, which holds them exactly."""
+    return {tensor.name: _values(tensor) for tensor in onnx.load(path).graph.initializer}
+
+
+def _values(tensor: TensorProto) -> Tensor:
+    array = numpy_helper.to_array(tensor)
+    # The narrow integers come as ml_dtypes, which torch does not know.
+    wide = array.astype("float32") if array.dtype.kind == "V" or array.dtype.itemsize == 1 else array
+    return torch.from_numpy(wide.copy())

@@ -78,7 +78,26 @@ def static_convolution(
     high: int,
 ) -> Value:
     """Conv between DequantizeLinear and QuantizeLinear: QLinearConv."""
-    y = op.Conv(
+    y = static_convolution_float(
+        x, x_scale, x_zero_point, weight, weight_scale, bias, stride, padding, dilation, groups
+    )
+    return quantize(y, y_scale, y_zero_point, low, high)
+
+
+def static_convolution_float(
+    x: Value,
+    x_scale: Value,
+    x_zero_point: Value,
+    weight: Value,
+    weight_scale: Value,
+    bias: Value | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Value:
+    """Conv after DequantizeLinear, with float output."""
+    return op.Conv(
         *_operands(x, x_scale, x_zero_point, weight, weight_scale, bias),
         kernel_shape=list(weight.shape[2:]),
         strides=list(stride),
@@ -86,7 +105,6 @@ def static_convolution(
         dilations=list(dilation),
         group=groups,
     )
-    return quantize(y, y_scale, y_zero_point, low, high)
 
 
 def _elementwise(operator: Callable[[Value, Value], Value]) -> Callable[..., Value]:
@@ -268,6 +286,7 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.isogrid.static_linear.default: static_linear,
     torch.ops.isogrid.static_linear_float.default: static_linear_float,
     torch.ops.isogrid.static_convolution.default: static_convolution,
+    torch.ops.isogrid.static_convolution_float.default: static_convolution_float,
     torch.ops.isogrid.static_add.default: _elementwise(op.Add),
     torch.ops.isogrid.static_multiply.default: _elementwise(op.Mul),
     torch.ops.isogrid.static_global_average_pool.default: static_global_average_pool,

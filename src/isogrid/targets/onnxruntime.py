@@ -1,34 +1,25 @@
 """ONNX Runtime on CPU: integers end to end, or weights of 2, 4 and 8 bits under float arithmetic."""
 
-import hashlib
-import json
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import onnx
-import onnxruntime
 import torch
 from torch import nn
 
 from isogrid.errors import ArtifactError, TargetError
-from isogrid.files import write_whole
 from isogrid.formats import Format, IntegerGrid, NativeGrid, PerChannel, PerGroup, PerTensor
 from isogrid.layers.nbits import BITS, BLOCKS, quantizes_input
 from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
 from isogrid.planning.rules import Scheme
-from isogrid.targets.artifact import Artifact, read_artifact, write_artifact
-from isogrid.targets.flat import flat_forward
-from isogrid.targets.onnx_export import to_onnx
+from isogrid.targets.artifact import Artifact, read_artifact
+from isogrid.targets.onnx_artifact import write_onnx
+from isogrid.targets.onnx_graph import ONNX_RUNTIME_PASSES
 from isogrid.targets.onnx_runtime_session import STATIC_OPTIONS, WEIGHT_ONLY_OPTIONS
 from isogrid.targets.onnxruntime_model import OnnxRuntimeModel
 
 STATIC_KINDS = ("linear", "convolution", "add", "concat", "average_pool", "activation")
 SESSION_OPTIONS = {**STATIC_OPTIONS, **WEIGHT_ONLY_OPTIONS}
 """Without these ONNX Runtime may compute something else than was trained."""
-
-PACKAGES = ("isogrid", "torch", "onnx", "onnxscript", "onnxruntime")
 
 
 class OnnxRuntime:
@@ -41,6 +32,7 @@ class OnnxRuntime:
     name = "onnxruntime"
     kernels = "onnxruntime"
     float_endings = frozenset({"linear"})
+    fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:
         """The scheme itself: its formats are the ones that ONNX Runtime has integer kernels for."""
@@ -121,22 +113,7 @@ class OnnxRuntime:
             plan: of the model.
             path: of the file; its sidecar is `<path>.json`.
         """
-        path = Path(path)
-        inputs = tuple(spec.zeros() for spec in plan.inputs)
-        with flat_forward(integer_model, plan.arguments):
-            proto = to_onnx(integer_model, inputs, input_names=[spec.name for spec in plan.inputs])
-        versions = _versions()
-        compact = json.dumps(json.loads(plan.to_json()), separators=(",", ":"))
-        properties = {
-            "isogrid.plan": compact,
-            "isogrid.versions": json.dumps(versions),
-            "isogrid.session_options": json.dumps(SESSION_OPTIONS),
-            "isogrid.digest": hashlib.sha256(_serialized(proto)).hexdigest(),
-        }
-        onnx.helper.set_model_props(proto, properties)
-        content = _serialized(proto)
-        artifact = Artifact(path, self.name, SESSION_OPTIONS, plan, versions, sha256="")
-        return write_artifact(artifact, lambda temporary: temporary.write_bytes(content))
+        return write_onnx(integer_model, plan, path, options=SESSION_OPTIONS, passes=ONNX_RUNTIME_PASSES)
 
     def load(self, path: str | Path | Artifact, threads: int = 0) -> OnnxRuntimeModel:
         """A session that computes what was trained: the sidecar's options are applied.
@@ -157,34 +134,9 @@ class OnnxRuntime:
         return OnnxRuntimeModel(artifact, threads)
 
 
-def export_float(model: nn.Module, example_inputs: tuple[Any, ...], path: str | Path) -> Path:
-    """Write a float model as ONNX, to hold latency and size against it."""
-    path = Path(path)
-    content = _serialized(to_onnx(model.eval(), example_inputs))
-    write_whole(path, lambda temporary: temporary.write_bytes(content))
-    return path
-
-
-def _serialized(proto: onnx.ModelProto) -> bytes:
-    size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
-    if size >= onnx.checker.MAXIMUM_PROTOBUF:
-        raise TargetError(f"The model's tensors take {size / 1e9:.1f} GB, and one ONNX file can hold 2 GB.")
-    return bytes(proto.SerializeToString())
-
-
 def _plain_scale(fmt: Format) -> bool:
     return fmt.scale is not None and fmt.scale.grid == NativeGrid(torch.float32)
 
 
 def _grid_name(fmt: Format) -> str:
     return str(fmt).partition("/")[0]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "unknown"
-    return {**found, "onnxruntime": onnxruntime.__version__}

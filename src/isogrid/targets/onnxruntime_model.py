@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import onnx
 import torch
-from onnx import numpy_helper
 from onnxruntime import InferenceSession
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from isogrid.errors import TargetError
 from isogrid.layers.nbits import quantizes_input
 from isogrid.targets.artifact import Artifact
 from isogrid.targets.onnx_activations import LOOK_UP
+from isogrid.targets.onnx_reading import stored_tensors
 from isogrid.targets.onnx_runtime_session import (
     FLOAT_OPERATORS,
     INTEGER_OPERATORS,
@@ -83,7 +83,7 @@ class OnnxRuntimeModel:
 
     def stored(self) -> Mapping[str, Tensor]:
         """The initialisers of the file; the narrow integers as float32, which holds them exactly."""
-        return {tensor.name: _values(tensor) for tensor in onnx.load(self.artifact.path).graph.initializer}
+        return stored_tensors(self.artifact.path)
 
     def multiplications(self) -> tuple[RuntimeOperator, ...]:
         """The operators that multiply and accumulate in the graph that ONNX Runtime runs on this machine."""
@@ -169,10 +169,3 @@ def _operator(node: onnx.NodeProto, name: str) -> RuntimeOperator:
         return RuntimeOperator(name, f"{node.op_type} (level {level})", "integer" if integer else "float")
     integer = node.op_type in INTEGER_OPERATORS | {LOOK_UP} or node.op_type.startswith("QLinear")
     return RuntimeOperator(name, node.op_type, "integer" if integer else "float")
-
-
-def _values(tensor: onnx.TensorProto) -> Tensor:
-    array = numpy_helper.to_array(tensor)
-    # The narrow integers come as ml_dtypes, which torch does not know.
-    wide = array.astype("float32") if array.dtype.kind == "V" or array.dtype.itemsize == 1 else array
-    return torch.from_numpy(wide.copy())

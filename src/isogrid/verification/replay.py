@@ -33,10 +33,13 @@ class Replays:
         reference: of `isogrid.convert`.
         run: runs it on the tensors that an artefact takes.
         survey: of it.
+        share: of the codes of one operation that may differ by one.
     """
 
-    def __init__(self, reference: nn.Module, run: Callable[[tuple[Tensor, ...]], Any], survey: Survey):
-        self.reference, self.run, self.survey = reference, run, survey
+    def __init__(
+        self, reference: nn.Module, run: Callable[[tuple[Tensor, ...]], Any], survey: Survey, share: float = 0.0
+    ):
+        self.reference, self.run, self.survey, self.share = reference, run, survey, share
         self.codes: dict[str, Tally] = {}
         self.values: dict[str, Tally] = {}
         self.bounds: dict[str, float] = {}
@@ -81,7 +84,8 @@ class Replays:
         by_site = {site_of(name): operator for name, operator in operators.items()}
         for name, tally in self.codes.items():
             operator = by_site.get(name, "")
-            yield ReplayCheck(name, operator, *tally.counts, tally.largest, self.bounds[name], of_codes=True)
+            figures = (*tally.counts, tally.largest, self.bounds[name])
+            yield ReplayCheck(name, operator, *figures, of_codes=True, share=self.share)
         for name, tally in self.values.items():
             operator = by_site.get(name, "")
             yield ReplayCheck(name, operator, *tally.counts, tally.relative, self.bounds[name], of_codes=False)

@@ -68,19 +68,21 @@ class Survey(View):
     """What one run showed; see `survey`.
 
     Attributes:
+        reproduced: whether the runtime's rounding is reproduced to the last bit.
         codes_from: the origin of the values that each quantised tensor was made of.
         layers_from: the origin of the input of each packed layer.
         outputs: the origin of each output.
         work: the calls that multiply, in order.
     """
 
+    reproduced: bool = True
     codes_from: dict[str, Origin] = field(default_factory=dict)
     layers_from: dict[str, Origin] = field(default_factory=dict)
     outputs: list[Origin] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._tracker = _Tracker(self._multiplied)
+        self._tracker = _Tracker(self._multiplied, self.reproduced)
         self._calls: list[Work] = []
 
     def started(self, path: str, layer: str | None) -> None:
@@ -108,7 +110,7 @@ class Survey(View):
         self.work.append(self._calls[-1]._replace(macs=macs))
 
 
-def survey(reference: nn.Module, run: Callable[[], Any]) -> Survey:
+def survey(reference: nn.Module, run: Callable[[], Any], reproduced: bool = True) -> Survey:
     """Run the reference once and note where every value comes from, and all that multiplies.
 
     Args:
@@ -120,7 +122,7 @@ def survey(reference: nn.Module, run: Callable[[], Any]) -> Survey:
     >>> found.outputs, found.work
     ([Origin(exact=False, depth=1.0)], [Work(layer='0', path='0', macs=24)])
     """
-    found = Survey()
+    found = Survey(reproduced)
     found.fill(reference, run)
     return found
 
@@ -128,9 +130,9 @@ def survey(reference: nn.Module, run: Callable[[], Any]) -> Survey:
 class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows values through operations."""
 
-    def __init__(self, multiplied: Callable[[int], None]) -> None:
+    def __init__(self, multiplied: Callable[[int], None], reproduced: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.multiplied = multiplied
+        self.multiplied, self.reproduced = multiplied, reproduced
         self._origins: dict[int, Origin] = {}
         self._alive: list[Tensor] = []  # keeps Python from giving an id to another tensor
 
@@ -148,7 +150,8 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         depth = max((origin.depth for origin in before), default=0.0)
         name = func._overloadpacket.__name__
         if func.namespace == "isogrid":
-            depth, exact = 0.0, exact and name not in FLOAT_ISOGRID_OPERATIONS
+            rounds = name.startswith("static_") and not self.reproduced
+            depth, exact = float(rounds), exact and not rounds and name not in FLOAT_ISOGRID_OPERATIONS
         elif name not in EXACT_OPERATIONS:
             products = macs / max(1, tensors[0].numel()) if macs else 0.0
             depth, exact = depth + max(1.0, sqrt(products) / 16), False
@@ -166,7 +169,7 @@ def _macs(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     if func.namespace == "isogrid":
         if name == "matmul_nbits":
             return int(result.numel() * args[1].shape[1] * args[6])
-        if name in ("static_linear", "static_linear_float", "static_convolution"):
+        if name.startswith(("static_linear", "static_convolution")):
             return int(result.numel() * prod(args[3].shape[1:]))
     elif name == "mkldnn_rnn_layer":  # an LSTM on the CPU: its input, and the weights of input and state
         return int(args[0][..., 0].numel() * (args[1].numel() + args[2].numel()))

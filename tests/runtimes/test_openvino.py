@@ -1,0 +1,56 @@
+"""OpenVINO computes what was trained: every code, by power-of-two scales; nearly every one by others."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import isogrid as ig
+from isogrid.errors import TargetError
+from tests.targets.residual_networks import INPUTS, trained
+
+pytestmark = pytest.mark.runtime("openvino")
+
+MORE = [INPUTS, torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(2))]
+
+
+def test_no_code_differs_by_powers_of_two(tmp_path: Path) -> None:
+    model = trained("openvino")
+    artifact = ig.export(model, tmp_path / "model.onnx")
+    report = ig.verify(model, artifact, MORE)
+    assert report, str(report)
+    assert report.differing_codes == 0 and report.compared_codes > 100_000
+    assert report.end_to_end.logits_equal
+    assert {check.arithmetic for check in report.graph} == {"integer"}
+    with torch.no_grad():
+        assert torch.equal(ig.load(artifact.path)(INPUTS)[0], model(INPUTS))
+
+
+def test_other_scales_hold_their_bound(tmp_path: Path) -> None:
+    model = trained("openvino", rules=[ig.Rule(match="*", weight="int7/channel", activation="uint8/tensor")])
+    report = ig.verify(model, ig.export(model, tmp_path / "model.onnx"), MORE)
+    assert report, str(report)
+    replays = [check for check in report.replays if check.of_codes]
+    assert max(check.max_difference for check in replays) <= 1
+    assert sum(check.differing for check in replays) <= 1e-3 * sum(check.compared for check in replays)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a16"])
+def test_packed_weights_multiply_floats(scheme: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 16))
+    x = torch.randn(16, 64)
+    ig.prepare(model, ig.plan(model, target="openvino", scheme=scheme, example_inputs=(x[:1],)))
+    report = ig.verify(model, ig.export(model, tmp_path / "model.onnx"), [x])
+    assert report, str(report)
+    assert {check.arithmetic for check in report.graph} == {"float"}
+    assert max(check.max_difference for check in report.replays) <= 1e-6
+
+
+def test_inputs_that_it_refuses(tmp_path: Path) -> None:
+    loaded = ig.load(ig.export(trained("openvino"), tmp_path / "model.onnx").path)
+    with pytest.raises(TargetError, match="takes 1 inputs"):
+        loaded(INPUTS, INPUTS)
+    with pytest.raises(TargetError, match="openvino failed"):
+        loaded(INPUTS[:, :2])

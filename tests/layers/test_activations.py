@@ -43,6 +43,7 @@ CLOSED_FORMS: dict[str, tuple[tuple[float, ...], Callable[[float], float]]] = {
     "logsigmoid": ((), lambda x: -log1p(exp(-x)) if x > 0 else x - log1p(exp(x))),
     "mish": ((), lambda x: x * tanh(log1p(exp(x)))),
     "neg": ((), lambda x: -x),
+    "quick_gelu": ((), lambda x: x / (1 + exp(-1.702 * x))),
     "rrelu": ((FIFTH, HALF), lambda x: x if x > 0 else x * (FIFTH + HALF) / 2),
     "selu": ((), lambda x: SELU_SCALE * (x if x > 0 else SELU_ALPHA * expm1(x))),
     "sigmoid": ((), lambda x: 1 / (1 + exp(-x))),
@@ -149,7 +150,7 @@ OPERATORS: dict[str, list[tuple[str, dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in FLOAT_FORMS if name != "prelu"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_float_operators_stay_well_within_their_bound(name: str) -> None:
     bound, function = FLOAT_FORMS[name].error, CLOSED_FORMS[name][1]
     x = torch.cat([torch.linspace(-20, 20, 4001), torch.linspace(-1e-3, 1e-3, 999)])
@@ -327,6 +328,20 @@ def test_a_parameter_that_is_no_number_keeps_a_function_float() -> None:
         applied(F.elu, (torch.ones(1),), {})
     model = Lambda(lambda m, x: m.b(F.threshold(m.a(x), x.shape[0], 0)), a=nn.Linear(3, 3), b=nn.Linear(3, 3))
     assert [o.site for o in ig.plan(model, example_inputs=(torch.randn(2, 3),)).operations] == ["threshold"]
+
+
+@pytest.mark.parametrize("name", ["NewGELU", "QuickGELU", "GELU", "ReLUSquared"])
+def test_activations_of_transformers_are_one_table(name: str) -> None:
+    activation = getattr(pytest.importorskip("transformers.activations"), f"{name}Activation")
+    torch.manual_seed(0)
+    x = torch.randn(64, 5)
+    model = nn.Sequential(nn.Linear(5, 6), activation(), nn.Linear(6, 2))
+    twin, plan = deepcopy(model), ig.plan(model, example_inputs=(x,))
+    assert plan.floats == () and len(plan.operations) == 1
+    ig.prepare(model, plan)
+    ig.calibrate(model, [x])
+    assert_equal(ig.convert(model)(x), model.eval()(x).detach())
+    assert (model(x) - twin(x)).abs().max() < 0.1
 
 
 def test_a_norm_is_float_between_quantised_edges() -> None:

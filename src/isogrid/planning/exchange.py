@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from isogrid.layers.attention import ProjectedAttention
 from isogrid.layers.borrowed import ProductOfPairs, TakenApart, TurnedLinear
+from isogrid.layers.known_functions import QuickGELU, TanhGELU
 from isogrid.layers.recurrent import GRUCell, LSTMCell, RNNCell, UnrolledGRU, UnrolledLSTM, UnrolledRNN
 
 APART: dict[type[nn.Module], type[TakenApart]] = {
@@ -21,6 +22,15 @@ APART: dict[type[nn.Module], type[TakenApart]] = {
     nn.RNNCell: RNNCell,
 }
 """Modules of several products, and what they are taken apart into."""
+
+OF_TRANSFORMERS: dict[str, type[TakenApart]] = {
+    "transformers.activations.AccurateGELUActivation": TanhGELU,
+    "transformers.activations.FastGELUActivation": TanhGELU,
+    "transformers.activations.NewGELUActivation": TanhGELU,
+    "transformers.activations.QuickGELUActivation": QuickGELU,
+    "transformers.pytorch_utils.Conv1D": TurnedLinear,
+}
+"""Those of transformers, told without its import."""
 
 
 def exchange(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
@@ -66,6 +76,4 @@ def _apart(module: nn.Module) -> type[TakenApart] | None:
     for kind, parts in APART.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
             return parts
-    # transformers.pytorch_utils.Conv1D, told without the import of transformers.
-    is_turned = type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-    return TurnedLinear if is_turned else None
+    return OF_TRANSFORMERS.get(f"{type(module).__module__}.{type(module).__name__}")

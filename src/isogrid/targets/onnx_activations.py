@@ -17,7 +17,7 @@ from onnx.defs import OpSchema
 from onnxscript import values
 from torch import Tensor
 
-from isogrid.layers.activations import Applied, exact_values, table_of_inputs
+from isogrid.layers.activations import QUICK_GELU, Applied, exact_values, table_of_inputs
 from isogrid.layers.arithmetic import quantize
 from isogrid.layers.kernels import KERNELS
 from isogrid.targets.onnx_nodes import initializer, input_of, insert, unique, values_of
@@ -144,6 +144,11 @@ class _Writer:
         """x times its sigmoid."""
         return self.add("Mul", [x, self.add("Sigmoid", [x], "sigmoid")], "float")
 
+    def quick_gelu(self, x: ir.Value) -> ir.Value:
+        """x times the sigmoid of a multiple of x."""
+        inner = self.add("Mul", [x, self._constant(np.array(QUICK_GELU, dtype=np.float32), "factor")], "multiple")
+        return self.add("Mul", [x, self.add("Sigmoid", [inner], "sigmoid")], "float")
+
     def prelu(self, x: ir.Value) -> ir.Value:
         """Slopes have the dimensions that let them broadcast."""
         slopes = self.site.function.slopes
@@ -204,6 +209,7 @@ FLOAT_FORMS = {
     "leaky_relu": _FloatForm(0.0, _operator("LeakyRelu", "alpha")),
     "neg": _FloatForm(0.0, _operator("Neg")),
     "prelu": _FloatForm(0.0, _Writer.prelu),
+    "quick_gelu": _FloatForm(1e-6, _Writer.quick_gelu),
     "sigmoid": _FloatForm(1e-6, _operator("Sigmoid")),
     "silu": _FloatForm(1e-6, _Writer.silu),
     "tanh": _FloatForm(1e-6, _operator("Tanh")),

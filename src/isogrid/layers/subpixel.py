@@ -121,7 +121,7 @@ class IntegerTransposedConvolution(IntegerLayer):
         codes = ops.static_convolution(
             self.quantized("input", input),
             *self.grid("input"),
-            self.weight,
+            self.codes,
             self.weight_scale,
             self.bias,
             *self.grid("output"),

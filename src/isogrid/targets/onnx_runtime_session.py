@@ -11,9 +11,13 @@ import onnxruntime
 
 from isogrid.errors import TargetError
 from isogrid.targets.onnx_activations import LOOK_UP
+from isogrid.targets.processors import adds_products_in_32_bits
 
 STATIC_OPTIONS = {"session.x64quantprecision": "1"}
-"""For integer kernels: without it, x86 without VNNI adds pairs of products in int16, which overflows."""
+"""For integer kernels: without it, x86 without VNNI adds pairs of products in int16, which overflows.
+
+It makes unsigned weights of signed ones, for which ONNX Runtime has slower kernels, on any x86 processor.
+"""
 
 WEIGHT_ONLY_OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 """Keeps activations in float where ONNX Runtime itself turns a dequantised weight into a MatMulNBits."""
@@ -80,6 +84,20 @@ def open_session(path: str | Path, options: Mapping[str, str], threads: int = 0)
     session_options = _session_options(options)
     session_options.intra_op_num_threads = threads
     return _session(path, session_options)
+
+
+def options_here(options: Mapping[str, str], vnni: bool | None = None) -> dict[str, str]:
+    """The options of an artefact that its exactness needs on this processor; the others would only slow it down.
+
+    Args:
+        options: those that give the same codes on every processor.
+        vnni: whether u8 x s8 products are summed in 32 bits; None asks the processor.
+
+    >>> options_here({**STATIC_OPTIONS, **WEIGHT_ONLY_OPTIONS}, vnni=True) == WEIGHT_ONLY_OPTIONS
+    True
+    """
+    exact = adds_products_in_32_bits() if vnni is None else vnni
+    return {name: value for name, value in options.items() if not (exact and name in STATIC_OPTIONS)}
 
 
 def optimized_graph(path: str | Path, options: Mapping[str, str]) -> onnx.ModelProto:

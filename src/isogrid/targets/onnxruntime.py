@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from isogrid.errors import ArtifactError, TargetError
-from isogrid.formats import Format, IntegerGrid, NativeGrid, PerChannel, PerGroup, PerTensor
+from isogrid.formats import Format, IntegerGrid, NativeGrid, PerChannel, PerGroup, PerTensor, named_format
 from isogrid.layers.nbits import BITS, BLOCKS, quantizes_input
 from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
@@ -20,6 +20,9 @@ from isogrid.targets.onnxruntime_model import OnnxRuntimeModel
 STATIC_KINDS = ("linear", "convolution", "add", "concat", "average_pool", "activation")
 SESSION_OPTIONS = {**STATIC_OPTIONS, **WEIGHT_ONLY_OPTIONS}
 """Without these ONNX Runtime may compute something else than was trained."""
+
+HARMLESS_CODE = 127
+"""Two products of 255 and 127 add up to more than 16 bits hold; two of 127 and -128 do not."""
 
 
 class OnnxRuntime:
@@ -113,7 +116,7 @@ class OnnxRuntime:
             plan: of the model.
             path: of the file; its sidecar is `<path>.json`.
         """
-        return write_onnx(integer_model, plan, path, options=SESSION_OPTIONS, passes=ONNX_RUNTIME_PASSES)
+        return write_onnx(integer_model, plan, path, options=session_options(plan), passes=ONNX_RUNTIME_PASSES)
 
     def load(self, path: str | Path | Artifact, threads: int = 0) -> OnnxRuntimeModel:
         """A session that computes what was trained: the sidecar's options are applied.
@@ -132,6 +135,14 @@ class OnnxRuntime:
                 f"{artifact.path} is for {artifact.target}, not for {self.name}. Load it with isogrid.load(path)."
             )
         return OnnxRuntimeModel(artifact, threads)
+
+
+def session_options(plan: Plan) -> dict[str, str]:
+    """What an artefact's sessions need: activations of 7 bits overflow on no processor, and run faster for it."""
+    grids = [named_format(site.format).grid for site in plan.sites if site.kind != "weight"]
+    if grids and all(grid.highest <= HARMLESS_CODE for grid in grids):
+        return WEIGHT_ONLY_OPTIONS
+    return SESSION_OPTIONS
 
 
 def _plain_scale(fmt: Format) -> bool:

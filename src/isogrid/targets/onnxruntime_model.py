@@ -23,6 +23,7 @@ from isogrid.targets.onnx_runtime_session import (
     open_session,
     operator_counts,
     optimized_graph,
+    options_here,
     quantized_tensors,
 )
 from isogrid.targets.runtime import Observed, RuntimeOperator
@@ -59,7 +60,8 @@ class OnnxRuntimeModel:
     def __init__(self, artifact: Artifact, threads: int = 0):
         self.artifact = artifact
         self.threads = threads
-        self.session = open_session(artifact.path, artifact.session_options, threads)
+        self.options = options_here(artifact.session_options)
+        self.session = open_session(artifact.path, self.options, threads)
         self.input_names: list[str] = [entry.name for entry in self.session.get_inputs()]
         self.output_names: list[str] = [entry.name for entry in self.session.get_outputs()]
 
@@ -105,7 +107,7 @@ class OnnxRuntimeModel:
 
     @cached_property
     def _optimized(self) -> onnx.ModelProto:
-        return optimized_graph(self.artifact.path, self.artifact.session_options)
+        return optimized_graph(self.artifact.path, self.options)
 
     @cached_property
     def _observing(self) -> _Observing:
@@ -116,7 +118,7 @@ class OnnxRuntimeModel:
         present = {value.name for value in (*model.graph.input, *model.graph.output)}
         wanted = dict.fromkeys([*codes, *sum(layers.values(), ())])
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in present)
-        options = self.artifact.session_options
+        options = self.options
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "observed.onnx")
             onnx.save(model, path)

@@ -70,6 +70,21 @@ def test_a_layer_used_twice_absorbs_what_follows_it_each_time() -> None:
     assert (other.batch_norm, other.clamp) == ("norm", None) and scopes == {}
 
 
+def test_a_clamp_behind_max_pooling_is_absorbed() -> None:
+    def plan(function: Any) -> ig.Plan:
+        model = Lambda(function, a=nn.Conv2d(2, 2, 3), b=nn.Conv2d(2, 2, 1))
+        return ig.plan(model, example_inputs=(torch.randn(2, 2, 8, 8),))
+
+    found = plan(lambda m, x: m.b(F.relu(F.max_pool2d(F.max_pool2d(m.a(x), 2), 1))))
+    assert str(layer(found, "a").clamp) == "relu"
+    assert layer(found, "b").input.on_grid and found.floats == ()
+    twice = plan(lambda m, x: (lambda y: m.b(F.relu(y)) + m.b(y))(F.max_pool2d(m.a(x), 2)))
+    assert layer(twice, "a").clamp is None
+    # The view's tensor is read again, and must be clamped then.
+    view = plan(lambda m, x: (lambda y: (F.relu_(y.transpose(2, 3)), m.b(y))[1])(m.a(x)))
+    assert layer(view, "a").clamp is None
+
+
 def test_what_is_read_twice_is_not_absorbed() -> None:
     model = Lambda(lambda m, x: (lambda y: F.relu(y) + m.b(y))(m.a(x)), a=nn.Linear(3, 3), b=nn.Linear(3, 3))
     plan = ig.plan(model, example_inputs=(torch.ones(1, 3),))

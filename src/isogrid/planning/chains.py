@@ -81,9 +81,22 @@ def _norms(graph: Graph, chain: Chain) -> list[Call]:
 
 
 def _clamps(graph: Graph, chain: Chain) -> list[Call]:
-    followers = _followers(graph, chain, "clamp")
+    readers = [_reader(graph, chain.value_of(call)) for call in chain.calls]
+    followers = [reader for reader in readers if reader is not None and reader.kind == "clamp"]
     is_one = len(followers) == len(chain.calls) and len({follower.clamp for follower in followers}) == 1
     return followers if is_one else []
+
+
+def _reader(graph: Graph, value: int) -> Call | None:
+    """The only reader of a value, or the one behind pooling.
+
+    The largest of clamped values is the largest value, clamped, so that `relu(max_pool(conv(x)))` is a layer too.
+    Behind a view it would not do: a clamp in place must reach the tensor that is looked at.
+    """
+    reader = graph.only_consumer(value)
+    while reader is not None and reader.kind == "pass" and "max_pool" in reader.type and len(reader.outputs) == 1:
+        reader = graph.only_consumer(reader.output)
+    return reader
 
 
 def _absorbs_all(graph: Graph, chain: Chain, chains: dict[str, Chain]) -> bool:

@@ -168,6 +168,23 @@ def test_convolution_is_qlinear_conv(
         all_equal(ours, graph.run(y, U8, expect="QLinearConv"))
 
 
+@pytest.mark.parametrize(("one", "other"), [((3, 8), (8, 5)), ((2, 1, 4, 300), (1, 3, 300, 5)), ((4, 8), (2, 8, 5))])
+def test_matmul_of_two_activations(one: tuple[int, ...], other: tuple[int, ...]) -> None:
+    for _ in range(5):
+        a, b, sa, sb = codes(*one), codes(*other), scale(), scale()
+        za, zb, zy = zero_point(), zero_point(), zero_point()
+        accumulator = arithmetic.matmul(a, za, b, zb)
+        sy = accumulator_range(accumulator) * sa * sb
+        graph = Graph()
+        operands = [graph.dequantized(graph.input(x), s, z) for x, s, z in ((a, sa, za), (b, sb, zb))]
+        product = graph.node("MatMul", operands)
+        ours = arithmetic.requantize(accumulator, arithmetic.multiplier(sa, sb, sy), zy, 0, 255)
+        all_equal(ours, graph.run(graph.quantized(product, sy, zy), U8, expect="QLinearMatMul"))
+        del graph.nodes[-1]
+        values = arithmetic.dequantize_accumulator(accumulator, sa, sb)
+        all_equal(values, graph.run(product, torch.float32, expect="MatMulIntegerToFloat"))
+
+
 def test_accumulators_beyond_what_float32_holds() -> None:
     """All weights and codes at their largest: accumulators reach 2^29, odd numbers included."""
     inputs = 16384

@@ -5,7 +5,8 @@ from torch import nn
 
 import isogrid as ig
 from isogrid.layers.clamp import RELU
-from isogrid.layers.integer import IntegerEmbedding, StaticGrid, is_broadcast
+from isogrid.layers.elementwise import is_broadcast
+from isogrid.layers.integer import IntegerEmbedding, StaticGrid
 from tests.models import assert_equal, make, prepared
 
 
@@ -44,5 +45,5 @@ def test_rows_of_an_embedding() -> None:
 
 
 def test_which_operand_grows() -> None:
-    a, b = torch.zeros(2, 3), torch.zeros(3)
+    a, b = torch.zeros(2, 3), torch.zeros(2, 1)
     assert [is_broadcast(b, a), is_broadcast(a, b), is_broadcast(a, a)] == [True, False, False]

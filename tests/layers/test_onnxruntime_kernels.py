@@ -44,16 +44,19 @@ def test_add_followed_by_relu() -> None:
         all_equal(KERNEL.add(a, sa, za, b, sb, zb, sy, zy, 0, 255), graph.run(y, U8, expect="QLinearAdd"))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 4, 1, 1), (2, 4, 1, 1), (1, 1, 8, 9), (2, 4, 1, 9)])
-def test_the_second_operand_of_add_may_broadcast(shape: tuple[int, ...]) -> None:
-    a, b = codes(2, 4, 8, 9), codes(*shape)
-    for _ in range(10):
-        sa, za, zb, zy = scale(), zero_point(), zero_point(), zero_point()
+@pytest.mark.parametrize(("one", "other"), [
+    ((2, 4, 8, 9), (1, 1, 1, 1)), ((2, 4, 8, 9), (1, 4, 1, 1)), ((2, 4, 8, 9), (1, 1, 8, 9)),
+    ((2, 4, 1, 9), (2, 4, 8, 9)), ((4, 1, 7), (1, 5, 7)), ((4, 1, 7), (1, 5, 1)), ((2, 3, 1), (2, 1, 1)),
+])  # fmt: skip
+def test_sums_and_products_broadcast(one: tuple[int, ...], other: tuple[int, ...]) -> None:
+    for _ in range(5):
+        a, b, sa, za, zb, zy = codes(*one), codes(*other), scale(), zero_point(), zero_point(), zero_point()
         sb, sy = sa * random.choice([0.5, 1, 3]), sa * random.choice([1, 2, 3])
-        graph = Graph()
-        operands = [graph.dequantized(graph.input(a), sa, za), graph.dequantized(graph.input(b), sb, zb)]
-        y = graph.quantized(graph.node("Add", operands), sy, zy)
-        all_equal(KERNEL.add(a, sa, za, b, sb, zb, sy, zy, 0, 255), graph.run(y, U8, expect="QLinearAdd"))
+        for name, op in (("Add", KERNEL.add), ("Mul", KERNEL.multiply)):
+            graph = Graph()
+            operands = [graph.dequantized(graph.input(a), sa, za), graph.dequantized(graph.input(b), sb, zb)]
+            y = graph.quantized(graph.node(name, operands), sy, zy)
+            all_equal(op(a, sa, za, b, sb, zb, sy, zy, 0, 255), graph.run(y, U8, expect=f"QLinear{name}"))
 
 
 def test_multiply_is_qlinear_mul() -> None:

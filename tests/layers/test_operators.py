@@ -32,7 +32,9 @@ CASES = {
         *(ONE, ZERO, [2, 1], [1, 0], [1, 2], 2, 0, 255),
     ),
     "static_add": (codes(2, 3, 4), *GRID, codes(1, 3, 1), *GRID, *Y, "onnxruntime"),
-    "static_multiply": (codes(2, 3, 4), *GRID, codes(2, 3, 4), *GRID, *Y, "onnxruntime"),
+    "static_multiply": (codes(2, 3, 4), *GRID, codes(5, 1, 1, 4), *GRID, *Y, "onnxruntime"),
+    "static_matmul": (codes(2, 3, 4), *GRID, codes(4, 5), *GRID, *Y),
+    "static_matmul_float": (codes(2, 1, 3, 4), *GRID, codes(5, 4, 2), *GRID),
     "static_global_average_pool": (codes(2, 3, 4, 5), *GRID, *Y, "onnxruntime"),
     "static_average_pool": (
         *(codes(2, 3, 9, 8), *GRID),

@@ -22,22 +22,38 @@ def flow(function: Any, *inputs: torch.Tensor, **children: nn.Module) -> tuple[n
     return model, evaluated
 
 
-def test_a_sum_is_rounded_once() -> None:
+@pytest.mark.parametrize("function", [
+    lambda m, a, b: a + b, lambda m, a, b: a - b, lambda m, a, b: torch.add(a, b, alpha=-0.7), lambda m, a, b: a * b,
+    lambda m, a, b: a + 0.3, lambda m, a, b: 0.3 - a, lambda m, a, b: a / -3, lambda m, a, b: 2 * a,
+    lambda m, a, b: a.sub_(b), lambda m, a, b: torch.rsub(a, b),
+])  # fmt: skip
+def test_a_result_is_rounded_once(function: Any) -> None:
     torch.manual_seed(0)
-    a, b = torch.randn(50, 40), 3 * torch.randn(50, 40)
-    model, y = flow(lambda m, a, b: a + b, a, b)
-    site: Any = model.operations.sites["add"]
-    exact = site.input_quantizer0(a).double() + site.input_quantizer1(b).double()
-    half = float(site.output_quantizer.scale.detach()) / 2
-    low, high = y.min(), y.max()
-    assert ((y - exact.clamp(low, high)).abs() <= half * 1.0001).all()
+    x = torch.randn(50, 8)
+    model, _ = flow(
+        lambda m, x: m.head(function(m, m.a(x), m.b(x))), x, a=nn.Linear(8, 8), b=nn.Linear(8, 8), head=nn.Linear(8, 2)
+    )
+    (site,) = model.operations.sites.values()
+    exact = function(None, model.a(x).double(), model.b(x).double())
+    (y,) = {layer.input_quantizer: layer.input_quantizer for layer in [model.head]}.values()
+    assert y is site.output_quantizer
+    with torch.no_grad():
+        seen: list[torch.Tensor] = []
+        model.head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        model(x)
+    half = float(y.scale.detach()) / 2
+    assert (seen[0] - exact.clamp(seen[0].min(), seen[0].max())).abs().max() <= half * 1.0001
 
 
-@pytest.mark.parametrize(("a", "b"), [((3, 4), (4,)), ((4,), (3, 4)), ((3, 1), (3, 4)), ((2, 3, 4), (3, 1))])
-def test_sums_that_broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("a", "b"), [
+    ((3, 4), (4,)), ((4,), (3, 4)), ((3, 1), (3, 4)), ((2, 3, 4), (3, 1)), ((2, 1, 4), (1, 3, 4)), ((2, 1), (1, 5)),
+])  # fmt: skip
+def test_sums_and_products_that_broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    _, y = flow(lambda m, a, b: a + b, torch.randn(a), torch.randn(b))
-    assert y.shape == torch.broadcast_shapes(a, b)
+    size = torch.broadcast_shapes(a, b)[-1]
+    layers = {"a": nn.Linear(a[-1], a[-1]), "b": nn.Linear(b[-1], b[-1]), "head": nn.Linear(size, 2)}
+    model, y = flow(lambda m, a, b: m.head((m.a(a) + m.b(b)) * m.b(b)), torch.randn(a), torch.randn(b), **layers)
+    assert y.shape[:-1] == torch.broadcast_shapes(a, b)[:-1] and len(model.operations.sites) == 2
 
 
 def test_a_parameter_may_be_added() -> None:
@@ -70,10 +86,13 @@ def test_a_write_in_place_is_seen_under_every_name() -> None:
 
 
 def test_a_relu_behind_a_sum_costs_nothing() -> None:
-    model, y = flow(lambda m, a, b: F.relu(a + b), torch.randn(9, 4), torch.randn(9, 4))
+    model, _ = flow(
+        lambda m, a, b: m.head(F.relu(m.fc(a) + b)), torch.randn(9, 4), torch.randn(9, 4),
+        fc=nn.Linear(4, 4), head=nn.Linear(4, 4),
+    )  # fmt: skip
     site: Any = model.operations.sites["add"]
-    assert site.clamp == RELU and (y >= 0).all()
-    assert site.output_quantizer.zero_point == 0
+    assert site.clamp == RELU and site.output_quantizer.zero_point == 0
+    assert (site(torch.add, model.fc(torch.randn(9, 4)), torch.randn(9, 4)) >= 0).all()
 
 
 def test_parts_of_a_concatenation_pass_unrounded() -> None:
@@ -101,5 +120,5 @@ def test_pooling_is_within_one_rounding_of_the_mean(function: Any) -> None:
 
 
 def test_a_site_shows_its_formats() -> None:
-    model, _ = flow(lambda m, a, b: a + b, torch.randn(3, 4), torch.randn(3, 4))
+    model, _ = flow(lambda m, a, b: m.fc(m.fc(a) + b), torch.randn(3, 4), torch.randn(3, 4), fc=nn.Linear(4, 4))
     assert "inputs=uint8/tensor, uint8/tensor, output=uint8/tensor" in str(model)

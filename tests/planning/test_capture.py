@@ -74,21 +74,24 @@ def test_the_model_is_left_alone() -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        lambda m, x, y: x + 1.0,
-        lambda m, x, y: 1.0 + x,
-        lambda m, x, y: torch.add(x, y, alpha=2),
-        lambda m, x, y: x + y.long(),
-        lambda m, x, y: x[:, :1] + y[:1],
+        lambda m, x, y: x + float("nan"),
+        lambda m, x, y: torch.add(x, y.long()),
+        lambda m, x, y: torch.add(x, y, alpha=torch.tensor(2.0)),
         lambda m, x, y: torch.add(x, y, out=torch.empty(2, 3)),
         lambda m, x, y: x + torch.tensor(1.0),
+        lambda m, x, y: x / y,
+        lambda m, x, y: x / 0,
+        lambda m, x, y: torch.div(x, 2, rounding_mode="floor"),
+        lambda m, x, y: x @ y[0],
         lambda m, x, y: x.mean(1),
         lambda m, x, y: x.mean(),
     ],
 )
 def test_what_is_no_site_says_why(function) -> None:  # type: ignore[no-untyped-def]
-    calls = capture(Lambda(function), (torch.ones(2, 3), torch.ones(2, 3))).calls
-    assert [call.kind for call in calls if call.name in ("add", "mean")] == ["float"]
-    assert all(call.reason for call in calls if call.name in ("add", "mean"))
+    names = ("add", "mean", "div", "matmul")
+    calls = [c for c in capture(Lambda(function), (torch.ones(2, 3), torch.ones(2, 3))).calls if c.name in names]
+    assert [call.kind for call in calls] == ["float"]
+    assert all(call.reason for call in calls)
 
 
 def test_whole_numbers_are_not_counted() -> None:

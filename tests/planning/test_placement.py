@@ -86,7 +86,7 @@ def test_a_clamp_behind_max_pooling_is_absorbed() -> None:
 
 
 def test_what_is_read_twice_is_not_absorbed() -> None:
-    model = Lambda(lambda m, x: (lambda y: F.relu(y) + m.b(y))(m.a(x)), a=nn.Linear(3, 3), b=nn.Linear(3, 3))
+    model = Lambda(lambda m, x: m.b((lambda y: F.relu(y) + m.b(y))(m.a(x))), a=nn.Linear(3, 3), b=nn.Linear(3, 3))
     plan = ig.plan(model, example_inputs=(torch.ones(1, 3),))
     assert layer(plan, "a").clamp is None
     assert [name for name, _ in plan.floats] == ["relu"]
@@ -161,9 +161,30 @@ def test_a_site_whose_calls_differ_stays_float() -> None:
         def forward(self, x: Tensor, y: Tensor | float) -> Tensor:
             return x + y
 
-    model = Lambda(lambda m, x: m.fc(m.plus(m.plus(x, x), 1.0)), fc=nn.Linear(3, 3), plus=Sometimes())
+    model = Lambda(lambda m, x: m.fc(m.plus(m.plus(x, x), float("inf"))), fc=nn.Linear(3, 3), plus=Sometimes())
     plan = ig.plan(model, example_inputs=(torch.ones(1, 3),))
-    assert dict(plan.floats)["plus.add"] == "add with a number, which has no grid"
+    assert dict(plan.floats)["plus.add"] == "add with inf"
+
+
+def test_operations_without_integer_neighbours_on_both_sides_stay_float() -> None:
+    """The last sum has nothing integer behind it, that of the inputs nothing before it, that in the middle both."""
+
+    def forward(module: Any, x: Tensor) -> Tensor:
+        y = module.a(x + x) + x
+        return (module.b(y) * 0.5 + x).softmax(-1)
+
+    model = Lambda(forward, a=nn.Linear(3, 3), b=nn.Linear(3, 3))
+    plan = ig.plan(model, example_inputs=(torch.ones(1, 3),))
+    assert [operation.site for operation in plan.operations] == ["add_1"]
+    assert [name for name, _ in plan.floats] == ["add", "mul", "add_2", "softmax"]
+    assert layer(plan, "b").output is None
+
+
+def test_a_mask_is_not_quantised() -> None:
+    mask = torch.tensor([0.0, torch.finfo(torch.float32).min, 0.0])
+    model = Lambda(lambda m, x: m.b(m.a(x) + mask), a=nn.Linear(3, 3), b=nn.Linear(3, 3))
+    plan = ig.plan(model, example_inputs=(torch.ones(1, 3),))
+    assert "mask" in dict(plan.floats)["add"] and not plan.operations
 
 
 def test_a_pattern_may_also_match_what_cannot_be_quantised() -> None:

@@ -23,7 +23,7 @@ def proven(
     verification decides.
     """
     model = prepared(model, inputs, **options)
-    train(model, inputs, steps=2)
+    train(model, inputs, steps=2, lr=1e-4)
     trained = model.eval()(*inputs)
     assert_equal(ig.convert(model)(*inputs), trained.detach())
     artifact = ig.export(model, folder / "model.onnx")

@@ -145,6 +145,27 @@ def convolution(
     return _with_bias(accumulator, bias, channel_axis=1)
 
 
+def matmul(a: Tensor, a_zero_point: Tensor, b: Tensor, b_zero_point: Tensor) -> Tensor:
+    """Accumulator of a product of two activations: `sum_k (a_ik - a_zero_point) * (b_kj - b_zero_point)`, exact, int32.
+
+    Args:
+        a: codes [..., I, K]; b: codes [..., K, J]; dimensions in front broadcast.
+        a_zero_point, b_zero_point: one element each.
+
+    >>> a, zero = torch.tensor([[5, 1]], dtype=torch.uint8), torch.tensor([3], dtype=torch.uint8)
+    >>> matmul(a, zero, a.T, zero)
+    tensor([[8]], dtype=torch.int32)
+    """
+    length = a.shape[-1]
+    piece = EXACT_IN_FLOAT32 // LARGEST_DIFFERENCE**2
+    with _full_precision(a):
+        a_units, b_units = centred(a, a_zero_point, torch.float32), centred(b, b_zero_point, torch.float32)
+        if length <= piece:
+            return (a_units @ b_units).to(torch.int32)
+        parts = zip(torch.split(a_units, piece, -1), torch.split(b_units, piece, -2), strict=True)
+        return sum(((x @ y).to(torch.int32) for x, y in parts), start=a.new_zeros((), dtype=torch.int32))
+
+
 def requantize(accumulator: Tensor, multiplier: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
     """Codes of an accumulator: `clamp(rint(f32(f32(accumulator) * multiplier)) + zero_point, low, high)`.
 

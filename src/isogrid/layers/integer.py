@@ -198,48 +198,6 @@ class IntegerSite(IntegerModule):
         raise NotImplementedError
 
 
-class IntegerAdd(IntegerSite):
-    """Addition of codes on two grids, rounded once to a third."""
-
-    def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
-        a, b = args[:2]
-        first, second = self.names
-        if is_broadcast(a, b):
-            (a, first), (b, second) = (b, second), (a, first)
-        operands = (self.quantized(first, a), *self.grid(first), self.quantized(second, b), *self.grid(second))
-        return self.dequantized("output", ops.static_add(*operands, *self.grid("output"), *self.ending))
-
-
-def is_broadcast(a: Tensor, b: Tensor) -> bool:
-    """Whether a must grow to add b, so that kernels, which let their second operand grow, take them the other way.
-
-    >>> is_broadcast(torch.zeros(4), torch.zeros(2, 4))
-    True
-    """
-    return a.dim() < b.dim() or (a.dim() == b.dim() and a.numel() < b.numel())
-
-
-class IntegerFusedAdd(IntegerSite):
-    """Addition of values of which some lie on a grid, rounded once.
-
-    Args:
-        quantized: for each input, whether it lies on a grid; `inputs` are the grids of those that do.
-    """
-
-    def __init__(self, quantized: Sequence[bool], inputs: Sequence[StaticGrid], output: StaticGrid, kernels: str):
-        super().__init__(inputs, output, kernels)
-        self.quantizes = tuple(quantized)
-
-    def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
-        names = iter(self.names)
-        pairs = zip(args[:2], self.quantizes, strict=True)
-        parts = [self._on_grid(next(names), x) if quantized else x for x, quantized in pairs]
-        return ops.dequantize(self.quantized("output", parts[0] + parts[1]), *self.grid("output"))  # type: ignore[no-any-return]
-
-    def _on_grid(self, name: str, x: Tensor) -> Tensor:
-        return self.dequantized(name, self.quantized(name, x))
-
-
 class IntegerAveragePool(IntegerSite):
     """Average pooling of codes."""
 

@@ -43,7 +43,7 @@ def static_add(
     high: int,
     kernels: str,
 ) -> Tensor:
-    """Sum of codes; b may broadcast to a's shape."""
+    """Sum of codes, which broadcast; where one is repeated along the innermost dimension, it is b."""
     return KERNELS[kernels].add(a, a_scale, a_zero_point, b, b_scale, b_zero_point, y_scale, y_zero_point, low, high)
 
 
@@ -61,7 +61,7 @@ def _(
     high: int,
     kernels: str,
 ) -> Tensor:
-    return torch.empty_like(a, dtype=y_zero_point.dtype)
+    return a.new_empty(_broadcast(a, b), dtype=y_zero_point.dtype)
 
 
 @custom_op("isogrid::static_multiply", mutates_args=())
@@ -78,7 +78,7 @@ def static_multiply(
     high: int,
     kernels: str,
 ) -> Tensor:
-    """Elementwise product of codes; b may broadcast to a's shape."""
+    """Elementwise product of codes, which broadcast."""
     operands = (a, a_scale, a_zero_point, b, b_scale, b_zero_point)
     return KERNELS[kernels].multiply(*operands, y_scale, y_zero_point, low, high)
 
@@ -97,7 +97,7 @@ def _(
     high: int,
     kernels: str,
 ) -> Tensor:
-    return torch.empty_like(a, dtype=y_zero_point.dtype)
+    return a.new_empty(_broadcast(a, b), dtype=y_zero_point.dtype)
 
 
 @custom_op("isogrid::static_global_average_pool", mutates_args=())
@@ -207,3 +207,8 @@ def _(
     kernels: str,
 ) -> Tensor:
     return torch.empty_like(x, dtype=y_zero_point.dtype)
+
+
+def _broadcast(a: Tensor, b: Tensor) -> torch.Size:
+    shape: torch.Size = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
+    return shape

@@ -25,7 +25,8 @@ class Kernels:
 
     Attributes:
         quantize: codes of a float tensor, with scale, zero point, lowest and highest code.
-        add, multiply: of two tensors of codes, the second of which may broadcast to the first's shape.
+        add, multiply: of two tensors of codes that broadcast; where one is repeated along the innermost dimension,
+            it is the second.
         average_pool: over windows, [batch, channels, *space], with kernel, stride, padding, ceil_mode and
             count_include_pad as in torch.
         global_average_pool: over all of space, [batch, channels, *space] to [batch, channels, 1, ...].

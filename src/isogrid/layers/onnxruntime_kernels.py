@@ -25,7 +25,9 @@ def add(
     low: int,
     high: int,
 ) -> Tensor:
-    """Codes of a sum; b may broadcast to a's shape.
+    """Codes of a sum of tensors that broadcast.
+
+    Where one is repeated along the innermost dimension it is b, for ONNX Runtime takes it for b in any case.
 
     With `p = f32(a_scale / y_scale)`, `q = f32(b_scale / y_scale)` and `fma(u, v, w)` for `u * v + w` rounded once:
 
@@ -52,7 +54,7 @@ def multiply(
     low: int,
     high: int,
 ) -> Tensor:
-    """Codes of an elementwise product; b may broadcast to a's shape.
+    """Codes of an elementwise product of tensors that broadcast.
 
     With `m = f32(f32(a_scale * b_scale) / y_scale)`:
 

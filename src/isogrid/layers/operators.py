@@ -125,6 +125,55 @@ def _(
     return x.new_empty((x.shape[0], weight.shape[0], *space), dtype=y_zero_point.dtype)
 
 
+@custom_op("isogrid::static_matmul", mutates_args=())
+def static_matmul(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    low: int,
+    high: int,
+) -> Tensor:
+    """Product of two activations from codes [..., I, K] and [..., K, J] to codes [..., I, J]."""
+    accumulator = arithmetic.matmul(a, a_zero_point, b, b_zero_point)
+    return arithmetic.requantize(accumulator, arithmetic.multiplier(a_scale, b_scale, y_scale), y_zero_point, low, high)
+
+
+@static_matmul.register_fake
+def _(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    low: int,
+    high: int,
+) -> Tensor:
+    return torch.matmul(a.to(torch.float32), b.to(torch.float32)).to(y_zero_point.dtype)
+
+
+@custom_op("isogrid::static_matmul_float", mutates_args=())
+def static_matmul_float(
+    a: Tensor, a_scale: Tensor, a_zero_point: Tensor, b: Tensor, b_scale: Tensor, b_zero_point: Tensor
+) -> Tensor:
+    """Product of two activations from codes [..., I, K] and [..., K, J] to float32 values [..., I, J]."""
+    return arithmetic.dequantize_accumulator(arithmetic.matmul(a, a_zero_point, b, b_zero_point), a_scale, b_scale)
+
+
+@static_matmul_float.register_fake
+def _(
+    a: Tensor, a_scale: Tensor, a_zero_point: Tensor, b: Tensor, b_scale: Tensor, b_zero_point: Tensor
+) -> Tensor:
+    return torch.matmul(a.to(torch.float32), b.to(torch.float32))
+
+
 @custom_op("isogrid::static_concatenate", mutates_args=())
 def static_concatenate(
     parts: Sequence[Tensor],

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from isogrid.errors import CaptureError
-from isogrid.layers import activations
+from isogrid.layers import activations, elementwise, matmul
 from isogrid.layers.clamp import CLAMPS, CLAMPS_IN_PLACE
+from isogrid.layers.decompositions import DECOMPOSITIONS
 
 OPERATION_KINDS: dict[Callable[..., Any], str] = {
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__), "add"),
+    **elementwise.NAMES,
+    **matmul.NAMES,
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), "concat"),
     **CLAMPS,
     **dict.fromkeys((F.avg_pool1d, F.avg_pool2d, F.avg_pool3d), "average_pool"),
@@ -29,13 +31,27 @@ OPERATION_KINDS: dict[Callable[..., Any], str] = {
     **dict.fromkeys((torch.mean, Tensor.mean), "mean"),
     **activations.NAMES,
 }
-"""The torch functions that can be sites, and what kind of site each is."""
+"""The torch functions that can be sites, by the names of their sites."""
 
-WRITING = frozenset({Tensor.add_, Tensor.__iadd__}) | CLAMPS_IN_PLACE | activations.WRITING
+KINDS = {
+    **dict.fromkeys(("add", "sub", "rsub"), "add"),
+    **dict.fromkeys(("mul", "div"), "multiply"),
+    **dict.fromkeys(("matmul", "bmm", "mm"), "matmul"),
+    **dict.fromkeys(CLAMPS.values(), "clamp"),
+    **dict.fromkeys(activations.NAMES.values(), "activation"),
+    "mean": "average_pool",
+}
+"""The kinds of sites that are not called after their kind."""
+
+WRITING = elementwise.WRITING | CLAMPS_IN_PLACE | activations.WRITING
 """Those that write their result into their first argument."""
 
-TENSORS_OF_KIND = {"add": ("input", "other"), "concat": ("tensors",)}
-"""The names of the tensors that a kind takes, where they are more than `input`."""
+OPERANDS = {
+    **dict.fromkeys(("add", "sub", "rsub", "mul", "div", "matmul"), ("input", "other")),
+    **dict.fromkeys(("bmm", "mm"), ("input", "mat2")),
+    "concat": ("tensors",),
+}
+"""The arguments that hold a site's operands, by its name, where they are more than `input`."""
 
 CONSTRUCTORS = frozenset(
     {
@@ -80,21 +96,27 @@ class OperationScope(nn.Module):
 class _Calls(TorchFunctionMode):
     """Counts the calls of one run of a forward and hands them to their sites."""
 
-    def __init__(self, scope: OperationScope):
+    def __init__(self, scope: OperationScope, prefix: str = ""):
         super().__init__()
-        self.scope = scope
+        self.scope, self.prefix = scope, prefix
         self.counts: dict[str, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in CONSTRUCTORS:
             return func(*args, **kwargs)
-        kind = OPERATION_KINDS.get(func) if takes_floats(args, kwargs) else None
+        floats = takes_floats(args, kwargs)
+        if floats and func in DECOMPOSITIONS and len(self.scope.sites):
+            with _Calls(self.scope, part_prefix(func, self.prefix, self.counts)):
+                result = DECOMPOSITIONS[func](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        kind = OPERATION_KINDS.get(func) if floats else None
         with torch._C.DisableTorchFunction():
             return func(*args, **kwargs) if kind is None else self._call(kind, func, args, kwargs)
 
     def _call(self, kind: str, func: Any, args: Any, kwargs: Any) -> Any:
-        name = site_name(kind, self.counts)
+        name = self.prefix + site_name(kind, self.counts)
         args, kwargs = tensors_first(kind, args, kwargs)
         if name in self.scope.skipped:
             return args[0]
@@ -132,15 +154,34 @@ def site_name(kind: str, counts: dict[str, int]) -> str:
     return f"{kind}_{count}" if count else kind
 
 
+def part_prefix(function: Callable[..., Any], prefix: str, counts: dict[str, int]) -> str:
+    """What the names of sites begin with that are parts of the next call of a function in `DECOMPOSITIONS`.
+
+    >>> part_prefix(F.scaled_dot_product_attention, "", {})
+    'scaled_dot_product_attention_'
+    """
+    return f"{prefix}{site_name(function.__name__, counts)}_"
+
+
 def tensors_first(kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with the operation's tensors in front, also where the caller gave them by name.
 
     >>> tensors_first("add", (1,), {"other": 2, "alpha": 3})
     ((1, 2), {'alpha': 3})
     """
-    names = TENSORS_OF_KIND.get(kind, ("input",))[len(args) :]
+    names = OPERANDS.get(kind, ("input",))[len(args) :]
     rest = dict(kwargs)
     return (*args, *(rest.pop(name) for name in names if name in rest)), rest
+
+
+def operands_of(name: str, args: Sequence[Any]) -> list[Any]:
+    """What a site of this name computes with: tensors, and numbers in sums and products.
+
+    Args:
+        name: of the site, without its number.
+        args: of the call, with the tensors in front.
+    """
+    return list(args[0]) if name == "concat" else list(args[: len(OPERANDS.get(name, ("input",)))])
 
 
 def writes_input(func: Any, kwargs: Mapping[str, Any]) -> bool:

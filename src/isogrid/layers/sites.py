@@ -1,4 +1,4 @@
-"""Operations in a model's `forward` that are quantised: residual addition, concatenation, average pooling.
+"""Operations in a model's `forward` that are quantised: what they share, concatenation and average pooling.
 
 Each is a module that its operation scope calls instead of the torch function, with the same arguments.
 """
@@ -11,19 +11,11 @@ from torch import Tensor, nn
 
 from isogrid.layers import arithmetic
 from isogrid.layers.clamp import Clamp
-from isogrid.layers.integer import (
-    IntegerAdd,
-    IntegerAveragePool,
-    IntegerConcat,
-    IntegerFusedAdd,
-    StaticGrid,
-    is_broadcast,
-)
+from isogrid.layers.integer import IntegerAveragePool, IntegerConcat, StaticGrid
 from isogrid.layers.kernels import KERNELS
 from isogrid.layers.layer import static_grid
 from isogrid.layers.pooling import pooling_of
 from isogrid.layers.static import with_exact_value
-from isogrid.layers.tables import of_two_codes
 from isogrid.quantizers import Operand, Quantizer, fake_quantize
 
 ExactCodes = Callable[..., Tensor]
@@ -125,38 +117,6 @@ class QuantizedSite(nn.Module):
         return f"inputs={inputs}, output={output}" + (f", {self.clamp}" if self.clamp else "")
 
 
-class QuantizedAdd(QuantizedSite):
-    """`a + b` on two grids, rounded once to a third."""
-
-    def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
-        operands = self.operands(args[:2])
-        a, b = (self.quantized(x, operand) for x, operand in zip(args[:2], operands, strict=True))
-
-        def exact_codes(*output: Any) -> Tensor:
-            codes = [stored(x, operand) for x, operand in zip((a, b), operands, strict=True)]
-            first, second = reversed(codes) if is_broadcast(a, b) else codes
-            return of_two_codes(KERNELS[self.kernels].add, first, second, *output)
-
-        return self.finish(a + b, operands, exact_codes)
-
-    def to_integer(self) -> nn.Module:
-        return IntegerAdd(*self.integer_grids(), self.kernels)
-
-
-class QuantizedFusedAdd(QuantizedSite):
-    """`a + b` inside the layer that computes one of them, whose float output is added before anything is rounded."""
-
-    def forward(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
-        operands = self.operands(args[:2])
-        a, b = (self.quantized(x, operand) for x, operand in zip(args[:2], operands, strict=True))
-        return self.finish(a + b, [None], _nothing)
-
-    def to_integer(self) -> nn.Module:
-        grids, output = self.integer_grids()
-        quantized = [quantizer is not None for quantizer in self.input_quantizers]
-        return IntegerFusedAdd(quantized, grids, output, self.kernels)
-
-
 class QuantizedAveragePool(QuantizedSite):
     """Average pooling, global, adaptive or by windows, and the mean over space."""
 
@@ -184,10 +144,6 @@ class QuantizedConcat(QuantizedSite):
 
     def to_integer(self) -> nn.Module:
         return IntegerConcat(*self.integer_grids(), self.kernels)
-
-
-def _nothing(*output: Any) -> Tensor:
-    raise NotImplementedError  # a sum with a float part has no codes of its own
 
 
 def stored(x: Tensor, operand: Operand | None) -> tuple[Tensor, Tensor, Tensor]:

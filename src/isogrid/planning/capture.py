@@ -14,12 +14,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from isogrid.errors import CaptureError
-from isogrid.layers import activations
 from isogrid.layers.borrowed import BorrowedLinear
 from isogrid.layers.clamp import CLAMPS, Clamp, clamp_of
-from isogrid.layers.scope import OPERATION_KINDS, is_container, site_name, takes_floats, tensors_first
+from isogrid.layers.decompositions import DECOMPOSITIONS
+from isogrid.layers.scope import (
+    KINDS,
+    OPERATION_KINDS,
+    is_container,
+    operands_of,
+    part_prefix,
+    site_name,
+    takes_floats,
+    tensors_first,
+)
 from isogrid.planning.classify import (
-    MOVING_FUNCTIONS,
     calls_site,
     has_fast_path,
     has_own_forward,
@@ -31,6 +39,7 @@ from isogrid.planning.classify import (
     why_module_is_float,
 )
 from isogrid.planning.graph import Call, Graph
+from isogrid.planning.moving import moves
 from isogrid.planning.stubs import stub_of
 from isogrid.planning.values import tensors_in
 
@@ -84,10 +93,14 @@ class _What(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A module that is running, and how often each kind of function was called in its scope."""
+    """A module that is running, and how often each kind of function was called in its scope.
+
+    While a function runs as the parts it is made of, they have an entry of their own with a prefix to their names.
+    """
 
     module: nn.Module
     counts: dict[str, int]
+    prefix: str = ""
 
 
 class _Recorder(TorchFunctionMode):
@@ -166,19 +179,31 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._unit is not None:
             return func(*args, **kwargs)
+        if func in DECOMPOSITIONS and takes_floats(args, kwargs):
+            result = self._in_parts(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
         before = tensors_in((args, kwargs))
         inputs = tuple(self.value(tensor) for tensor in before)
+        if (site := OPERATION_KINDS.get(func)) is not None:
+            operands = operands_of(site, tensors_first(site, args, kwargs)[0])
+            inputs = tuple(self.value(x) for x in operands if isinstance(x, Tensor))
         result = func(*args, **kwargs)
         outputs = tensors_in(result)
         what = self._classify(func, args, kwargs, outputs)
-        if what.kind == "activation":  # the parameter of PReLU is no operand
-            operand = tensors_first(what.kind, args, kwargs)[0][0]
-            inputs = tuple(number for x, number in zip(before, inputs, strict=True) if x is operand)[:1]
         # A function may return its argument as it is: Tensor.to, Tensor.contiguous.
         unchanged = all(any(o is x for x in before) and self._is_current(o) for o in outputs)
         computes_floats = any(x.is_floating_point() for x in (*before, *outputs))
         if computes_floats and outputs and inputs and not (unchanged and what.kind in ("float", "pass")):
             self._record(what, _name(func), inputs, outputs, self._scope().module)
+        return result
+
+    def _in_parts(self, func: Any, args: Any, kwargs: Any) -> Any:
+        scope = self._scope()
+        self._stack.append(_Entry(scope.module, {}, part_prefix(func, scope.prefix, scope.counts)))
+        with self:
+            result = DECOMPOSITIONS[func](*args, **kwargs)
+        self._stack.pop()
         return result
 
     def _is_current(self, tensor: Tensor) -> bool:
@@ -191,17 +216,16 @@ class _Recorder(TorchFunctionMode):
         if kind is None:
             if "dropout" in function:
                 return _What("dropout", function)
-            return _What("pass" if function in MOVING_FUNCTIONS else "float", function)
+            return _What("pass" if moves(func, args, kwargs) else "float", function)
         scope = self._scope()
-        name = site_name(kind, scope.counts)
+        name = scope.prefix + site_name(kind, scope.counts)
         reason = why_float(func, kind, *tensors_first(kind, args, kwargs), outputs[0]) if outputs else ""
         if func in CLAMPS:
             clamp = None if reason else clamp_of(kind, *tensors_first(kind, args, kwargs))
             return _What("clamp", name, clamp=clamp) if clamp else _What("float", name, reason or "bounds are tensors")
         if not reason and is_container(scope.module):
             reason = f"in the forward of a {type(scope.module).__name__}, whose children are its layers"
-        kind = "average_pool" if kind == "mean" else "activation" if func in activations.NAMES else kind
-        return _What("float" if reason else kind, name, reason)
+        return _What("float" if reason else KINDS.get(kind, kind), name, reason)
 
     def _scope(self) -> _Entry:
         """The innermost module that is more than a wrapper around one function, such as nn.ReLU."""

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from isogrid.errors import PlanError
-from isogrid.layers import activations
+from isogrid.layers import activations, elementwise, matmul
 from isogrid.layers.borrowed import BorrowedLinear
 from isogrid.layers.pooling import averages_space, pooling_of
 from isogrid.layers.recurrent import Gates
-from isogrid.layers.scope import is_container
+from isogrid.layers.scope import is_container, operands_of
 from isogrid.layers.weights import computes_weight, weight_of
 from isogrid.planning.stubs import stub_of
 
@@ -57,46 +57,6 @@ ACTIVATIONS = (
 )
 """Modules that call one of `isogrid.layers.activations.ACTIVATIONS`."""
 
-MOVING_FUNCTIONS = frozenset(
-    {
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "max_pool1d_with_indices",
-        "max_pool2d_with_indices",
-        "max_pool3d_with_indices",
-        "adaptive_max_pool1d",
-        "adaptive_max_pool2d",
-        "adaptive_max_pool3d",
-        "flatten",
-        "reshape",
-        "view",
-        "permute",
-        "transpose",
-        "swapaxes",
-        "movedim",
-        "squeeze",
-        "unsqueeze",
-        "contiguous",
-        "clone",
-        "expand",
-        "unflatten",
-        "narrow",
-        "select",
-        "chunk",
-        "split",
-        "unbind",
-        "flip",
-        "roll",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "channel_shuffle",
-        "__getitem__",
-    }
-)
-"""Functions that only move values, so that their output lies on their input's grid."""
-
-
 def is_wrapper(module: nn.Module) -> bool:
     """Whether a module of torch.nn merely calls one function: nn.ReLU, nn.MaxPool2d.
 
@@ -113,7 +73,7 @@ def is_wrapper(module: nn.Module) -> bool:
 def calls_site(module: nn.Module) -> bool:
     """Whether a module of torch.nn calls a function that can be a site."""
     pools = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-    return isinstance(module, (nn.ReLU, nn.Hardtanh, *ACTIVATIONS, *pools)) and is_wrapper(module)
+    return isinstance(module, (nn.ReLU, nn.Hardtanh, nn.GLU, *ACTIVATIONS, *pools)) and is_wrapper(module)
 
 
 def is_one_call(module: nn.Module) -> bool:
@@ -180,30 +140,30 @@ def has_fast_path(module: nn.Module) -> bool:
     return isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer)
 
 
-def why_float(func: Any, kind: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> str:
-    """Why a call of a kind that could be a site is none; empty where it is one.
+def why_float(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> str:
+    """Why a call of a function that could be a site is none; empty where it is one.
 
     Args:
         func: the torch function.
-        kind: as in `isogrid.layers.scope.OPERATION_KINDS`.
+        name: of the site; see `isogrid.layers.scope.OPERATION_KINDS`.
         args, kwargs: with the tensors in front.
         output: what came out.
     """
     if kwargs.get("out") is not None:
         return "writes to out="
-    tensors = list(args[0]) if kind == "concat" else list(args[: 2 if kind == "add" else 1])
-    if not all(isinstance(x, Tensor) and x.dim() > 0 for x in tensors):
-        return f"{kind} with a number, which has no grid"
+    operands = operands_of(name, args)
+    tensors = [x for x in operands if isinstance(x, Tensor)]
     if not all(x.is_floating_point() for x in tensors):
-        return f"{kind} of whole numbers"
-    if kind == "add":
-        if kwargs.get("alpha", 1) != 1:
-            return "add with alpha"
-        if all(x.shape != output.shape for x in tensors):
-            return "add in which both sides are broadcast"
-    if kind == "mean" and not averages_space(*args, **kwargs):
+        return f"{name} of whole numbers"
+    if func in elementwise.NAMES:
+        return elementwise.why_float(func, operands, kwargs, output)
+    if len(tensors) < len(operands) or any(x.dim() == 0 for x in tensors):
+        return f"{name} with a number, which has no grid"
+    if func in matmul.NAMES:
+        return matmul.why_float(func, operands)
+    if name == "mean" and not averages_space(*args, **kwargs):
         return "mean over something else than all of space of [batch, channels, *space]"
-    if kind in ("average_pool", "mean"):
+    if name in ("average_pool", "mean"):
         return _why_pooling_is_float(func, args, kwargs)
     if func in activations.NAMES:
         return _why_activation_is_float(func, args, kwargs)

@@ -9,7 +9,7 @@ from isogrid.layers.clamp import Clamp
 LAYER_KINDS = frozenset({"linear", "convolution", "embedding"})
 """Calls of modules that have a weight to quantise."""
 
-COMPUTING_KINDS = frozenset({"linear", "convolution", "add", "average_pool", "activation"})
+COMPUTING_KINDS = frozenset({"linear", "convolution", "add", "multiply", "matmul", "average_pool", "activation"})
 """Calls that compute with quantised inputs in integer arithmetic."""
 
 
@@ -19,9 +19,9 @@ class Call:
 
     Attributes:
         name: the module's path, or the scope's path and the site's name: `layer1.0.add`.
-        kind: linear, convolution, embedding, batch_norm, add, concat, clamp (ReLU and its kin), activation (another
-            function of each value), average_pool, pass (moves values without changing them), dropout, or float
-            (anything else).
+        kind: linear, convolution, embedding, batch_norm, add, multiply, matmul, concat, clamp (ReLU and its kin),
+            activation (another function of each value), average_pool, pass (moves values without changing them),
+            dropout, or float (anything else).
         type: the class or function, for people.
         scope: path of the module whose forward made the call.
         inputs, outputs: values, as numbers.
@@ -39,6 +39,11 @@ class Call:
     shape: tuple[int, ...] = ()
     reason: str = ""
     clamp: Clamp | None = None
+
+    @property
+    def is_plain_sum(self) -> bool:
+        """Whether the call is a sum of two tensors, and neither a difference nor a sum with a number."""
+        return self.kind == "add" and len(self.inputs) == 2 and "sub" not in self.type
 
     @property
     def output(self) -> int:

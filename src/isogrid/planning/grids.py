@@ -1,11 +1,11 @@
 """Grids: which values of a graph lie on which grid, and which site owns it."""
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from isogrid.planning.chains import Chain
-from isogrid.planning.graph import Call, Graph
+from isogrid.planning.graph import Call
+from isogrid.planning.neighbours import Neighbours
 from isogrid.planning.plan import Feed
 
 
@@ -33,53 +33,36 @@ class Grids:
     at the same place of calls of the same name.
 
     Args:
-        graph: of the model.
-        chains: of the computing calls that are quantised.
-        concats: names of the concatenations that may be quantised.
-        float_endings: kinds of layers that leave their output in float where nothing integer reads it.
-        floats: values that their layers leave float, for whatever reads them.
+        neighbours: the computing calls and concatenations that are quantised.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        chains: Mapping[str, Chain],
-        concats: Collection[str],
-        float_endings: Collection[str],
-        floats: Collection[int] = (),
-    ):
-        self.graph, self.chains = graph, chains
-        self._floats = frozenset(floats)
+    def __init__(self, neighbours: Neighbours):
+        graph = self.graph = neighbours.graph
+        self.chains, self.concats = neighbours.chains, neighbours.concats
+        self._neighbours = neighbours
         self._parent: dict[int, int] = {}
-        self._concats = frozenset(concats)
-        self._float_endings = frozenset(float_endings)
-        self._chain_of_value = {
-            chain.value_of(call): chain for chain in chains.values() for call in chain.calls
-        }
-        # A concatenation that nothing integer reads would only round.
-        self.concats = {name for name in concats if any(self._is_read(c.output) for c in graph.calls_of(name))}
         for call in graph.calls:
             if call.name in self.concats:
                 for value in call.inputs:
                     self._merge(self._origin(value), call.output)
-        for name in (*chains, *self.concats):
+        for name in (*self.chains, *self.concats):
             first, *others = graph.calls_of(name)
             for other in others:
                 for mine, its in zip(first.inputs, other.inputs, strict=True):
                     self._merge(self._origin(mine), self._origin(its))
-                ends = [chains[name].value_of(call) if name in chains else call.output for call in (first, other)]
-                self._merge(*ends)
+                chain = self.chains.get(name)
+                self._merge(*(call.output if chain is None else chain.value_of(call) for call in (first, other)))
 
     def feeds(self, name: str) -> tuple[Feed | None, ...]:
         """Where the inputs of the calls of a name get their grids; None for those that stay float."""
         calls = self.graph.calls_of(name)
         feeds: list[Feed | None] = []
         for position, value in enumerate(calls[0].inputs):
-            if value in self._floats:
+            if value in self._neighbours.floats:
                 feeds.append(None)
                 continue
             origins = [self.graph.origin(call.inputs[position]) for call in calls]
-            on_grid = all(exact and self._is_produced(origin) for origin, exact in origins)
+            on_grid = all(exact and self._neighbours.is_produced(origin) for origin, exact in origins)
             feeds.append(Feed(self.owner_of(value), on_grid))
         return tuple(feeds)
 
@@ -88,8 +71,8 @@ class Grids:
         return self._names[self._root(self._origin(value))]
 
     def output_of(self, chain: Chain) -> str | None:
-        """The site that owns the grid of a chain's output; None where nothing integer reads a Linear's output."""
-        return self._names[self._root(chain.value)] if self._is_produced(chain.value) else None
+        """The site that owns the grid of a chain's output; None where it is a product's that nothing integer reads."""
+        return self._names[self._root(chain.value)] if self._neighbours.is_produced(chain.value) else None
 
     @cached_property
     def owners(self) -> dict[str, Owner]:
@@ -117,32 +100,14 @@ class Grids:
             if call.name in self.concats or call.name in self.chains:
                 for number, value in enumerate(call.inputs):
                     origin = self._origin(value)
-                    if origin not in self._floats and not self._is_produced(origin):
+                    if origin not in self._neighbours.floats and not self._neighbours.is_produced(origin):
                         kind = "input" if len(call.inputs) == 1 else f"input{number}"
                         inputs.append((call, kind, value, self._root(origin)))
             if call.name in self.chains:
                 value = self.chains[call.name].value_of(call)
-                if self._is_produced(value):
+                if self._neighbours.is_produced(value):
                     outputs.append((call, "output", value, self._root(value)))
         return outputs + inputs
-
-    def _is_produced(self, value: int) -> bool:
-        """Whether a value leaves its producer quantised: all outputs of a Linear do if integer arithmetic reads one."""
-        producer = self.graph.producer.get(value)
-        if producer is not None and producer.name in self.concats:
-            return True
-        chain = self._chain_of_value.get(value)
-        if chain is None or value in self._floats:
-            return False
-        values = [chain.value_of(call) for call in chain.calls]
-        return chain.call.kind not in self._float_endings or any(self._is_read(v) for v in values)
-
-    def _is_read(self, value: int) -> bool:
-        """Whether integer arithmetic reads a value."""
-        return any(
-            call.name in self.chains or (call.name in self._concats and self._is_read(call.output))
-            for call in self.graph.readers(value)
-        )
 
     def _shape(self, value: int) -> tuple[int, ...]:
         producer = self.graph.producer.get(value)

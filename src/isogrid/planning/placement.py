@@ -15,14 +15,14 @@ from isogrid.formats import Format, named_format
 from isogrid.layers.borrowed import TakenApart
 from isogrid.layers.weights import weight_key, weight_of
 from isogrid.planning.arguments import Arguments
-from isogrid.planning.chains import Chain, find_chains, fused_additions
+from isogrid.planning.chains import Chain, fused_additions
 from isogrid.planning.graph import COMPUTING_KINDS, LAYER_KINDS, Call, Graph
 from isogrid.planning.grids import Grids
+from isogrid.planning.neighbours import neighbours_at_work
 from isogrid.planning.norms import as_convolutions, lone_norms
 from isogrid.planning.plan import LayerPlan, OperationPlan, Plan, Site
 from isogrid.planning.rules import Rule, Scheme, unmatched_rule_error
 from isogrid.planning.stubs import outside_stubs
-from isogrid.planning.tables import idle_tables
 from isogrid.planning.target import Target
 from isogrid.quantizers.estimators import estimator_from_name
 
@@ -137,33 +137,30 @@ class Placement:
         )
 
     def _static_plan(self) -> Plan:
-        chains = find_chains(self.graph, self.choices)
-        concats = [name for name in self.choices if self.graph.calls_of(name)[0].kind == "concat"]
-        if idle := idle_tables(self.graph, chains, concats):
-            chains = find_chains(self.graph, self.choices.keys() - idle)
-        fused = fused_additions(self.graph, chains) if self.target.fuses_additions else {}
-        grids = Grids(self.graph, chains, concats, self.target.float_endings, fused.values())
+        neighbours = neighbours_at_work(self.graph, self.choices, self.target.float_endings)
+        fused = fused_additions(self.graph, neighbours.chains) if self.target.fuses_additions else {}
+        grids = Grids(neighbours.with_floats(fused.values()))
         layers: list[LayerPlan] = []
         operations: list[OperationPlan] = []
         for name in self.choices:
             call = self.graph.calls_of(name)[0]
             if call.kind == "embedding":
                 layers.append(LayerPlan(name, self._weight_owner[name], arithmetic="weight_only"))
-            elif name in chains:
-                chain = chains[name]
+            elif name in grids.chains:
+                chain = grids.chains[name]
                 feeds, output = grids.feeds(name), grids.output_of(chain)
                 clamp = chain.clamp.clamp if chain.clamp else None
                 if call.kind in LAYER_KINDS:
                     norm = chain.batch_norm.name if chain.batch_norm else name if name in self._norms else None
                     layers.append(LayerPlan(name, self._weight_owner[name], feeds[0], output, norm, clamp))
-                elif output is not None:
+                else:
                     kind = "fused_add" if name in fused else call.kind
                     operations.append(OperationPlan(call.scope, _site(call), kind, feeds, output, clamp))
             elif name in grids.concats:
                 owner = grids.owner_of(call.output)
                 operations.append(OperationPlan(call.scope, _site(call), "concat", grids.feeds(name), owner))
         sites = self._weight_sites(layers) + self._activation_sites(grids)
-        return self._assembled(sites, layers, operations, chains)
+        return self._assembled(sites, layers, operations, grids.chains)
 
     def _weight_plan(self) -> Plan:
         kinds = {name: self.graph.calls_of(name)[0].kind for name in self.choices}

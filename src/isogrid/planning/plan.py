@@ -78,7 +78,8 @@ class OperationPlan:
     Attributes:
         scope: path of the module.
         site: name of the call within its forward.
-        kind: add, concat, average_pool, activation, or fused_add for an addition inside the layer before it.
+        kind: add, multiply, matmul, concat, average_pool, activation, or fused_add for an addition inside the layer
+            before it.
         inputs, output, clamp: as for a layer.
     """
 
@@ -86,7 +87,7 @@ class OperationPlan:
     site: str
     kind: str
     inputs: tuple[Feed | None, ...]
-    output: str
+    output: str | None
     clamp: Clamp | None = None
 
 

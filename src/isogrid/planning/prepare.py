@@ -19,18 +19,14 @@ from isogrid.layers.convolution import (
     QuantizedConvTranspose3d,
 )
 from isogrid.layers.dynamic import rule_of
+from isogrid.layers.elementwise import QuantizedAdd, QuantizedFusedAdd, QuantizedMultiply
 from isogrid.layers.embedding import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
 from isogrid.layers.layer import QuantizedLayer, link, replacement
 from isogrid.layers.linear import QuantizedLinear
+from isogrid.layers.matmul import QuantizedMatmul
 from isogrid.layers.norm import QuantizedBatchNorm1d, QuantizedBatchNorm2d, QuantizedBatchNorm3d
 from isogrid.layers.scope import OperationScope, check_scope, open_scope
-from isogrid.layers.sites import (
-    QuantizedAdd,
-    QuantizedAveragePool,
-    QuantizedConcat,
-    QuantizedFusedAdd,
-    QuantizedSite,
-)
+from isogrid.layers.sites import QuantizedAveragePool, QuantizedConcat, QuantizedSite
 from isogrid.layers.weights import refresh_weights, weight_of
 from isogrid.planning.classify import kind_of, layer_type
 from isogrid.planning.exchange import exchange, take_apart
@@ -67,6 +63,8 @@ OPERATIONS: dict[str, type[QuantizedSite]] = {
     "activation": QuantizedActivation,
     "add": QuantizedAdd,
     "fused_add": QuantizedFusedAdd,
+    "multiply": QuantizedMultiply,
+    "matmul": QuantizedMatmul,
     "average_pool": QuantizedAveragePool,
     "concat": QuantizedConcat,
 }

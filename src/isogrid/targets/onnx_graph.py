@@ -37,6 +37,7 @@ def finish(model: ir.Model, passes: Sequence[Pass]) -> onnx.ModelProto:
       They are what QuantizeLinear makes, after the Clip that narrows it.
     - A QuantizeLinear that undoes the DequantizeLinear before it is removed, as is all that is computed twice.
     - Elementwise functions of codes become float operators, where these give the same codes, or tables.
+    - A parameter that is added or multiplied, such as a position embedding, is stored as codes.
     - What its reader needs besides is done by the passes.
     - Nothing is stored that a reader can infer.
 
@@ -50,6 +51,7 @@ def finish(model: ir.Model, passes: Sequence[Pass]) -> onnx.ModelProto:
     optimizer.optimize_ir(model, should_fold=_should_fold)
     common.IdentityEliminationPass()(model)
     _make_scalars(model.graph)
+    _store_codes(model)
     for change in passes:
         change(model)
     _strip(model)
@@ -110,6 +112,23 @@ def _make_scalars(graph: ir.Graph) -> None:
                 parameter.const_value = ir.tensor(parameter.const_value.numpy().reshape(()), name=parameter.name)
                 parameter.shape = ir.Shape(())
                 node.attributes.pop("axis", None)
+
+
+def _store_codes(model: ir.Model) -> None:
+    for node in list(model.graph):
+        tensors = [None if value is None else value.const_value for value in node.inputs]
+        if node.op_type != "QuantizeLinear" or any(tensor is None for tensor in tensors):
+            continue
+        x, scale, zero_point = (tensor.numpy() for tensor in tensors if tensor is not None)
+        limits = np.iinfo(zero_point.dtype)
+        codes = np.clip(np.rint(x / scale) + zero_point.astype(np.float32), limits.min, limits.max)
+        y = node.outputs[0]
+        stored = ir.tensor(codes.astype(zero_point.dtype), name=y.name)
+        y.replace_all_uses_with(initializer(stored, model.graph))
+        model.graph.remove(node, safe=True)
+    for value in list(model.graph.initializers.values()):
+        if value.name and not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[value.name]
 
 
 def prepare_weights(model: ir.Model) -> None:
@@ -188,11 +207,17 @@ def keep_float(model: ir.Model) -> None:
     graph = model.graph
     for node in list(graph):
         y = node.outputs[0]
-        if node.op_type in REPLACED:
-            if any(other.metadata_props.get(ORIGIN) != node.metadata_props.get(ORIGIN) for other in _rewritten_with(y)):
+        is_product = node.op_type == "MatMul" and all(_is_dequantized(value) for value in node.inputs)
+        is_ours = is_product and _same_origin(node, producer_of(input_of(node, 0)))
+        if node.op_type in REPLACED or is_ours:
+            if any(not _same_origin(node, other) for other in _rewritten_with(y)):
                 _shield(y, graph)
-        elif node.op_type == "MatMul" and all(_is_dequantized(value) for value in node.inputs):
+        elif is_product:
             _shield(input_of(node, 0), graph)
+
+
+def _same_origin(a: ir.Node, b: ir.Node) -> bool:
+    return a.metadata_props.get(ORIGIN) == b.metadata_props.get(ORIGIN)
 
 
 def _rewritten_with(value: ir.Value) -> Iterator[ir.Node]:

@@ -127,6 +127,30 @@ def _elementwise(operator: Callable[[Value, Value], Value]) -> Callable[..., Val
     return translation
 
 
+def static_matmul(
+    a: Value,
+    a_scale: Value,
+    a_zero_point: Value,
+    b: Value,
+    b_scale: Value,
+    b_zero_point: Value,
+    y_scale: Value,
+    y_zero_point: Value,
+    low: int,
+    high: int,
+) -> Value:
+    """MatMul between DequantizeLinear and QuantizeLinear: QLinearMatMul."""
+    y = op.MatMul(dequantize(a, a_scale, a_zero_point), dequantize(b, b_scale, b_zero_point))
+    return quantize(y, y_scale, y_zero_point, low, high)
+
+
+def static_matmul_float(
+    a: Value, a_scale: Value, a_zero_point: Value, b: Value, b_scale: Value, b_zero_point: Value
+) -> Value:
+    """MatMul after DequantizeLinear: MatMulIntegerToFloat."""
+    return op.MatMul(dequantize(a, a_scale, a_zero_point), dequantize(b, b_scale, b_zero_point))
+
+
 def static_global_average_pool(
     x: Value,
     x_scale: Value,
@@ -289,6 +313,8 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.isogrid.static_convolution_float.default: static_convolution_float,
     torch.ops.isogrid.static_add.default: _elementwise(op.Add),
     torch.ops.isogrid.static_multiply.default: _elementwise(op.Mul),
+    torch.ops.isogrid.static_matmul.default: static_matmul,
+    torch.ops.isogrid.static_matmul_float.default: static_matmul_float,
     torch.ops.isogrid.static_global_average_pool.default: static_global_average_pool,
     torch.ops.isogrid.static_average_pool.default: static_average_pool,
     torch.ops.isogrid.static_activation.default: static_activation,

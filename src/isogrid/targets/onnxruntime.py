@@ -17,7 +17,7 @@ from isogrid.targets.onnx_graph import ONNX_RUNTIME_PASSES
 from isogrid.targets.onnx_runtime_session import STATIC_OPTIONS, WEIGHT_ONLY_OPTIONS
 from isogrid.targets.onnxruntime_model import OnnxRuntimeModel
 
-STATIC_KINDS = ("linear", "convolution", "add", "concat", "average_pool", "activation")
+STATIC_KINDS = ("linear", "convolution", "add", "multiply", "matmul", "concat", "average_pool", "activation")
 SESSION_OPTIONS = {**STATIC_OPTIONS, **WEIGHT_ONLY_OPTIONS}
 """Without these ONNX Runtime may compute something else than was trained."""
 
@@ -34,7 +34,7 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     kernels = "onnxruntime"
-    float_endings = frozenset({"linear"})
+    float_endings = frozenset({"linear", "matmul"})
     fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

@@ -52,6 +52,8 @@ class OpenVino:
         if scheme.arithmetic == "dynamic":
             return "OpenVINO quantises activations by a rule that is not reproduced here; use a weight-only scheme"
         if scheme.arithmetic == "static":
+            if call.kind == "add" and not call.is_plain_sum:
+                return "differences and sums with numbers stay float in OpenVINO"
             return None if call.kind in STATIC_KINDS else f"{call.type} has no integer kernel"
         return None if call.kind == "linear" else f"packed weights are those of linear layers, and this is {call.type}"
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from isogrid.errors import TargetError
 from isogrid.formats import Format, IntegerGrid, NativeGrid, PerChannel, PerTensor, named_format
-from isogrid.layers.integer import IntegerAdd
+from isogrid.layers.elementwise import IntegerAdd
 from isogrid.layers.xnnpack_kernels import RATIOS
 from isogrid.planning.graph import Call
 from isogrid.planning.rules import Scheme
@@ -29,6 +29,8 @@ def why_not_static(call: Call, what: str) -> str | None:
     """
     if call.kind == "convolution" and len(call.shape) == 5:
         return f"{what} has no integer kernel for convolutions over three dimensions"
+    if call.kind == "add" and not call.is_plain_sum:
+        return f"{what} adds two tensors; differences and sums with numbers stay float"
     if call.kind in ("linear", "convolution", "add", "concat"):
         return None
     if call.kind == "average_pool":

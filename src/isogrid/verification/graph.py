@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 
-from isogrid.planning.plan import Plan
+from isogrid.planning.plan import OperationPlan, Plan
 from isogrid.targets import RuntimeOperator
 from isogrid.verification.names import site_of
 from isogrid.verification.report import GraphCheck
@@ -22,9 +22,9 @@ def check_graph(
 ) -> tuple[GraphCheck, ...]:
     """Hold the graph that a runtime really runs against the plan.
 
-    A planned layer must run under its own name in the arithmetic that was planned, and so must planned operations such
-    as additions. Whatever else multiplies was left in float, and must still be: a runtime that turns a float product
-    into an integer one computes what nobody trained for.
+    A planned layer or matrix product must run under its own name in the arithmetic that was planned, and so must
+    planned operations such as additions. Whatever else multiplies was left in float, and must still be: a runtime that
+    turns a float product into an integer one computes what nobody trained for.
 
     Args:
         work: the calls that multiply in the reference.
@@ -34,13 +34,14 @@ def check_graph(
         plan: of the model.
     """
     planned = {layer.path: PLANNED[layer.arithmetic] for layer in plan.layers}
+    planned |= {_path(operation): "integer" for operation in plan.operations if operation.kind == "matmul"}
     by_name = {operator.name: operator for operator in operators if operator.name}
     checks, unmatched = [], []
     for layer, path, total in work:
         macs = total // max(1, examples)
         found = by_name.pop(layer or "", None)
-        if found is not None or path in planned:
-            checks.append(_check(layer or path, found, planned.get(path, "float"), macs))
+        if found is not None or site_of(path) in planned:
+            checks.append(_check(site_of(layer or path), found, planned.get(site_of(path), "float"), macs))
         else:
             unmatched.append((layer or path, macs))
     matched = {id(operator) for operator in by_name.values()}
@@ -58,13 +59,17 @@ def _rest(work: Sequence[tuple[str, int]], operators: Sequence[RuntimeOperator])
 
 def _operations(producers: Mapping[str, RuntimeOperator], plan: Plan) -> Iterator[GraphCheck]:
     # An addition inside a layer adds floats, as that layer's kernel or as an operation of its own.
-    operations = (operation for operation in plan.operations if operation.kind != "fused_add")
-    planned = {f"{operation.scope}.{operation.site}".lstrip("."): operation.kind for operation in operations}
+    operations = (operation for operation in plan.operations if operation.kind not in ("fused_add", "matmul"))
+    planned = {_path(operation): operation.kind for operation in operations}
     for name, operator in producers.items():
         path, _, kind = site_of(name).rpartition(".")
         if path in planned and kind.startswith("output"):
             # An artefact may have a float operator for a function whose codes it cannot change.
             yield _check(path, operator, operator.arithmetic if planned[path] == "activation" else "integer", 0)
+
+
+def _path(operation: OperationPlan) -> str:
+    return f"{operation.scope}.{operation.site}".lstrip(".")
 
 
 def _check(name: str, operator: RuntimeOperator | None, planned: str, macs: int) -> GraphCheck:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isogrid.layers.integer import IntegerLayer, PackedLinear
+from isogrid.layers.matmul import IntegerMatmul
 from isogrid.planning.convert import watched
 from isogrid.verification.names import Names
 
-LAYERS = (IntegerLayer, PackedLinear, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYERS = (IntegerLayer, IntegerMatmul, PackedLinear, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Modules that multiply, and after which the runtime's operators are named."""
 
 

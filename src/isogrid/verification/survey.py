@@ -169,6 +169,8 @@ def _macs(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     if func.namespace == "isogrid":
         if name == "matmul_nbits":
             return int(result.numel() * args[1].shape[1] * args[6])
+        if name.startswith("static_matmul"):
+            return int(result.numel() * args[0].shape[-1])
         if name.startswith(("static_linear", "static_convolution")):
             return int(result.numel() * prod(args[3].shape[1:]))
     elif name == "mkldnn_rnn_layer":  # an LSTM on the CPU: its input, and the weights of input and state

@@ -61,6 +61,7 @@ class _Verification:
     def __init__(self, reference: nn.Module, loaded: LoadedModel, plan: Plan, metric: Metric | None):
         self.reference, self.loaded, self.plan, self.metric = reference, loaded, plan, metric
         self.paths = Paths(reference)
+        self.stored = self.paths.tensors(loaded.stored())
         self.sites: dict[str, Tally] = {}
         self.exact: dict[str, bool] = {}
         self.unknown: set[str] = set()
@@ -88,6 +89,9 @@ class _Verification:
                 self.exact[site] = self.exact.get(site, True) and self.survey.codes_from[name].exact
             else:
                 self.unknown.add(name)
+        for name in noted.seen.keys() & self.stored.keys():  # the codes of a parameter
+            self.sites.setdefault(site_of(name), Tally()).add(self.stored[name], noted.seen[name])
+            self.exact[site_of(name)] = True
         self.replays.add(inputs, seen, noted.seen, expected)
         self.outputs.add(seen.outputs, result, batch, examples)
 
@@ -123,7 +127,7 @@ class _Verification:
         return VerificationReport(
             artifact=str(self.loaded.artifact.path),
             target=self.loaded.artifact.target,
-            parameters=check_parameters(self.reference, self.paths.tensors(self.loaded.stored())),
+            parameters=check_parameters(self.reference, self.stored),
             graph=check_graph(self.survey.work, batch_size(self.first), operators, producers, self.plan),
             replays=tuple(self.replays.checks({name: op.operator for name, op in producers.items()})),
             sites=tuple(

@@ -1,0 +1,80 @@
+"""Neighbours: which values integer arithmetic makes, and which it reads."""
+
+from collections.abc import Collection, Iterable, Mapping
+
+from isogrid.planning.chains import Chain, find_chains
+from isogrid.planning.graph import Graph
+
+
+class Neighbours:
+    """What comes before and behind the values of a graph.
+
+    Attributes:
+        graph: of the model.
+        chains: of the computing calls that are quantised, by name.
+        concats: names of the concatenations that are quantised.
+        float_endings: kinds of calls that leave their output in float where no integer arithmetic reads it.
+        floats: values that their layers leave float, for whatever reads them.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        chains: Mapping[str, Chain],
+        concats: Collection[str],
+        float_endings: Collection[str],
+        floats: Iterable[int] = (),
+    ):
+        self.graph, self.chains, self.concats = graph, chains, frozenset(concats)
+        self.float_endings, self.floats = frozenset(float_endings), frozenset(floats)
+        self._chain_of_value = {chain.value_of(call): chain for chain in chains.values() for call in chain.calls}
+
+    def with_floats(self, floats: Iterable[int]) -> "Neighbours":
+        """The same with values that their layers leave float."""
+        return Neighbours(self.graph, self.chains, self.concats, self.float_endings, floats)
+
+    def is_produced(self, value: int) -> bool:
+        """Whether a value leaves its producer quantised: all products of a name do if integer arithmetic reads one."""
+        producer = self.graph.producer.get(value)
+        if producer is not None and producer.name in self.concats:
+            return True
+        chain = None if value in self.floats else self._chain_of_value.get(value)
+        return chain is not None and (chain.call.kind not in self.float_endings or self._is_any_read(chain))
+
+    def is_read(self, value: int) -> bool:
+        """Whether integer arithmetic reads a value."""
+        return any(
+            call.name in self.chains or (call.name in self.concats and self.is_read(call.output))
+            for call in self.graph.readers(value)
+        )
+
+    def is_idle(self, name: str) -> bool:
+        """Whether all that quantising a call would do is round what is float before or behind it in any case.
+
+        So it is with a sum or product of which no operand is quantised, with a function of a value that is not, and
+        with these and concatenations if no integer arithmetic reads what comes out.
+        """
+        calls = self.graph.calls_of(name)
+        if name in self.concats:
+            return not any(self.is_read(call.output) for call in calls)
+        kind = calls[0].kind
+        if kind not in ("add", "multiply", "activation"):
+            return False
+        fed = [self.is_produced(self.graph.origin(value)[0]) for call in calls for value in call.inputs]
+        is_fed = all(fed) if kind == "activation" else any(fed)
+        return not (is_fed and self._is_any_read(self.chains[name]))
+
+    def _is_any_read(self, chain: Chain) -> bool:
+        return any(self.is_read(chain.value_of(call)) for call in chain.calls)
+
+
+def neighbours_at_work(graph: Graph, names: Iterable[str], float_endings: Collection[str]) -> Neighbours:
+    """The neighbours of the calls of these names, without those that are idle, and then without those idle by that."""
+    working = list(names)
+    while True:
+        concats = [name for name in working if graph.calls_of(name)[0].kind == "concat"]
+        neighbours = Neighbours(graph, find_chains(graph, working), concats, float_endings)
+        idle = {name for name in (*neighbours.chains, *concats) if neighbours.is_idle(name)}
+        if not idle:
+            return neighbours
+        working = [name for name in working if name not in idle]

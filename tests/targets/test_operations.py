@@ -1,0 +1,148 @@
+"""Operations of a forward in ONNX Runtime: the kernels that were trained for, and their very codes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import isogrid as ig
+from tests.models import prepared
+from tests.planning.test_capture import Lambda
+from tests.targets.proving import all_integer, proven, stored
+
+
+def linears(count: int, size: int = 6) -> dict[str, nn.Module]:
+    return {f"l{number}": nn.Linear(size, size) for number in range(count)}
+
+
+def test_sums_and_products(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        a, b = m.l0(x), m.l1(x)
+        y = (a - b) * m.l2(x)
+        y = 1 - F.relu6(y)
+        y = y / 3 + a * m.gamma
+        y = torch.add(y, b, alpha=-0.5)
+        y += m.position
+        y -= 0.7
+        return m.l4(y * torch.relu(m.l3(y[:, :1])))
+
+    model = Lambda(forward, **linears(5))
+    model.gamma, model.position = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(1, 7, 6))
+    operators = all_integer(model, (torch.randn(3, 7, 6),), tmp_path)
+    assert operators["QLinearAdd"] == 6 and operators["QLinearMul"] == 4
+    file = stored(tmp_path / "model.onnx")
+    assert {name for name, x in file.items() if x.dtype == torch.uint8 and x.numel() > 1} == {
+        "operations.sites.mul_1.input1", "operations.sites.add_2.input1",
+    }  # fmt: skip
+    assert not {"gamma", "position"} & set(file)
+
+
+def test_squeeze_and_excite(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        gate = F.hardsigmoid(m.up(F.relu(m.down(F.adaptive_avg_pool2d(x, 1)))))
+        return m.head((x * gate).mean((2, 3)))
+
+    model = Lambda(
+        forward, stem=nn.Conv2d(3, 8, 3), down=nn.Conv2d(8, 2, 1), up=nn.Conv2d(2, 8, 1), head=nn.Linear(8, 2)
+    )
+    operators = all_integer(model, (torch.randn(3, 3, 8, 8),), tmp_path)
+    assert operators["QLinearMul"] == 1 and operators["QLinearConv"] == 3
+
+
+def test_attention_by_hand(tmp_path: Path) -> None:
+    """The product before the softmax is float at its end, for nothing integer reads it; its MACs are integers."""
+    torch.manual_seed(0)
+
+    def forward(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (2, 3)).transpose(1, 2) for layer in (m.l0, m.l1, m.l2))
+        weights = (q @ k.transpose(-1, -2) / 3**0.5 + mask[:, None, None]).softmax(-1)
+        y = torch.matmul(weights, v).transpose(1, 2).flatten(2)
+        return m.l3(torch.bmm(m.l4(x), y.transpose(1, 2)) @ y)
+
+    model = Lambda(forward, **linears(5))
+    mask = torch.zeros(2, 7)
+    mask[:, 5:] = -torch.inf
+    trained, operators = proven(model, (torch.randn(2, 7, 6), mask), tmp_path)
+    assert operators["QLinearMatMul"] == 3 and operators["MatMulIntegerToFloat"] == 1 and not operators["MatMul"]
+    assert [(o.kind, o.site, o.output is None) for o in trained.isogrid.plan.operations] == [
+        ("matmul", "matmul", True),
+        ("matmul", "matmul_1", False),
+        ("matmul", "bmm", False),
+        ("matmul", "matmul_2", False),
+    ]
+
+
+def test_scaled_dot_product_attention(tmp_path: Path) -> None:
+    """Masks of booleans and of floats, causal, grouped: the products of all run in integers."""
+    torch.manual_seed(0)
+
+    def forward(m: Any, x: Tensor, keep: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (2, 3)).transpose(1, 2) for layer in (m.l0, m.l1, m.l2))
+        y = F.scaled_dot_product_attention(q, k, v, keep)
+        y = F.scaled_dot_product_attention(y, k[:, :1], v[:, :1], is_causal=True, scale=0.7, enable_gqa=True)
+        y = F.scaled_dot_product_attention(y, k, v, torch.where(keep, 0.0, -1e4), dropout_p=0.1 if m.training else 0.0)
+        return m.l3(y.transpose(1, 2).flatten(2))
+
+    keep = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    keep[..., 5:] = False
+    trained, operators = proven(Lambda(forward, **linears(4)), (torch.randn(2, 7, 6), keep), tmp_path)
+    assert operators["QLinearMatMul"] + operators["MatMulIntegerToFloat"] == 6 and not operators["MatMul"]
+    names = [operation.site for operation in trained.isogrid.plan.operations]
+    assert names[:3] == [
+        "scaled_dot_product_attention_matmul",
+        "scaled_dot_product_attention_matmul_1",
+        "scaled_dot_product_attention_1_matmul",
+    ]
+
+
+def test_einsum_stack_and_glu(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        a, b = m.l0(x), m.l1(x)
+        y = torch.einsum("btc,bsc->bts", a, b)
+        y = torch.einsum("bts,bsc->btc", y, m.l2(x))
+        y = F.glu(torch.cat([y, a], -1))
+        return m.l3(torch.stack([y, b], 1))
+
+    operators = all_integer(Lambda(forward, **linears(4)), (torch.randn(2, 5, 6),), tmp_path)
+    assert operators["QLinearMatMul"] == 2 and operators["QLinearMul"] == 1
+
+
+def test_values_that_only_move_stay_on_their_grid(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        x = F.pixel_shuffle(F.interpolate(F.pad(x, (1, 0, 2, 1)), scale_factor=2), 2)
+        x = F.pad(torch.roll(x, (1, 2), (2, 3)), (1, 1, 1, 1), mode="reflect")
+        a, b = x.flatten(2).mT.contiguous().chunk(2, 1)
+        a = a.masked_fill(torch.arange(a.shape[1])[:, None] < 3, 0)
+        return m.head(torch.cat([a.amax(1), b.index_select(1, torch.tensor([2, 0])).repeat(1, 2, 1)[:, 3]], -1))
+
+    model = Lambda(forward, stem=nn.Conv2d(3, 8, 3), head=nn.Linear(4, 2))
+    plan = ig.plan(model, example_inputs=(torch.randn(2, 3, 6, 6),))
+    assert [site.name for site in plan.sites if site.kind != "weight"] == ["stem.output", "stem.input"]
+    all_integer(model, (torch.randn(2, 3, 6, 6),), tmp_path)
+
+
+def test_the_gradient_of_a_product_is_that_of_its_rounded_operands() -> None:
+    torch.manual_seed(0)
+    model = Lambda(lambda m, x: m.l0(x) @ m.l1(x).mT, **linears(2))
+
+    x = torch.randn(2, 4, 6)
+    prepared(model, (x,))
+    model(x).square().sum().backward()
+    a, b = model.l0(x).detach().requires_grad_(), model.l1(x).detach().requires_grad_()
+    y = a @ b.mT
+    torch.testing.assert_close(model(x), y)
+    y.square().sum().backward()
+    assert a.grad is not None
+    torch.testing.assert_close(model.l0.bias.grad, a.grad.sum((0, 1)))

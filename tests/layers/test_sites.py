@@ -107,7 +107,7 @@ def test_parts_of_a_concatenation_pass_unrounded() -> None:
 
 
 @pytest.mark.parametrize("function", [
-    lambda m, x: F.avg_pool2d(x, 2), lambda m, x: F.adaptive_avg_pool2d(x, 1), lambda m, x: x.mean((2, 3)),
+    lambda m, x: F.avg_pool2d(x, 2), lambda m, x: F.adaptive_avg_pool2d(x, 1),
     lambda m, x: F.avg_pool2d(x, 3, 2, 1), lambda m, x: F.adaptive_avg_pool2d(x, (3, 2)),
 ])  # fmt: skip
 def test_pooling_is_within_one_rounding_of_the_mean(function: Any) -> None:
@@ -117,6 +117,25 @@ def test_pooling_is_within_one_rounding_of_the_mean(function: Any) -> None:
     site: Any = next(iter(model.operations.sites.values()))
     exact = function(None, site.input_quantizer0(x).double())
     assert (y - exact.clamp(y.min(), y.max())).abs().max() <= float(site.output_quantizer.scale.detach()) * 0.5001
+
+
+def test_a_mean_over_space_is_pooling_where_integers_make_and_read_it() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 6)
+    model, y = flow(lambda m, x: m.b(m.a(x).mean((2, 3))), x, a=nn.Conv2d(3, 4, 1), b=nn.Linear(4, 2))
+    site: Any = model.operations.sites["mean"]
+    pooled = site(F.adaptive_avg_pool2d, model.a(x), 1).flatten(1)
+    assert_equal(model.b(pooled).detach(), y.detach())
+
+
+def test_the_variance_of_a_norm_that_is_spelt_out_stays_float() -> None:
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6)
+
+    model = Lambda(lambda m, x: m.b(norm(m.a(x))), a=nn.Linear(4, 6), b=nn.Linear(6, 2))
+    plan = ig.plan(model, example_inputs=(torch.randn(2, 5, 4),))
+    assert plan.operations == ()
+    assert {"mul", "mean", "add", "rsqrt", "mul_1"} == dict(plan.floats).keys()
 
 
 def test_a_site_shows_its_formats() -> None:

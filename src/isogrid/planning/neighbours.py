@@ -51,18 +51,28 @@ class Neighbours:
     def is_idle(self, name: str) -> bool:
         """Whether all that quantising a call would do is round what is float before or behind it in any case.
 
-        So it is with a sum or product of which no operand is quantised, with a function of a value that is not, and
-        with these and concatenations if no integer arithmetic reads what comes out.
+        So it is with a sum of which no operand is quantised, with a product of which one is computed in float, with a
+        function or mean of a value that is, and with these and concatenations if no integer arithmetic reads what comes
+        out. Means and products are often a norm spelt out: eight bits of a variance would make one of a few bits.
         """
         calls = self.graph.calls_of(name)
         if name in self.concats:
             return not any(self.is_read(call.output) for call in calls)
-        kind = calls[0].kind
-        if kind not in ("add", "multiply", "activation"):
+        kind = "mean" if calls[0].type == "mean" else calls[0].kind
+        if kind not in ("add", "multiply", "activation", "mean"):
             return False
-        fed = [self.is_produced(self.graph.origin(value)[0]) for call in calls for value in call.inputs]
-        is_fed = all(fed) if kind == "activation" else any(fed)
+        origins = [self.graph.origin(value)[0] for call in calls for value in call.inputs]
+        fed = [self.is_produced(value) for value in origins]
+        if kind == "multiply":
+            # A parameter has a grid as good as any.
+            computed = [is_fed for is_fed, value in zip(fed, origins, strict=True) if self._is_computed(value)]
+            is_fed = any(fed) and all(computed)
+        else:
+            is_fed = any(fed) if kind == "add" else all(fed)
         return not (is_fed and self._is_any_read(self.chains[name]))
+
+    def _is_computed(self, value: int) -> bool:
+        return value in self.graph.producer or value in self.graph.model_inputs
 
     def _is_any_read(self, chain: Chain) -> bool:
         return any(self.is_read(chain.value_of(call)) for call in chain.calls)

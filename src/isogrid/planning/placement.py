@@ -306,6 +306,8 @@ class Placement:
         if call.kind == "float":
             if "norm" in call.type.lower():
                 return f"{call.type} computes its statistics in float; integer layers quantise what they read of it"
+            if "softmax" in call.type:
+                return f"{call.type} takes float scores: one step of 8 bits between them is percents of an exponential"
             return f"{call.type} has no integer arithmetic here"
         if self.scheme.arithmetic != "static":
             return "" if call.kind == "clamp" else f"scheme {self.scheme.name} quantises weights only"

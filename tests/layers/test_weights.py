@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
-from torch.nn.utils.parametrize import register_parametrization
 
 import isogrid as ig
 from isogrid.layers.weights import weight_of
@@ -101,20 +100,3 @@ def test_a_layer_that_extends_another_is_that_other() -> None:
     prepared(model, inputs)
     assert type(model.fc).__name__ == "QuantizedLinear" and model.fc.note == "wide"
     assert ig.convert(model).fc.note == "wide"
-
-
-def test_what_may_compute_something_else_stays_float_with_its_reason() -> None:
-    class Scaled(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:
-            return 2 * super().forward(input)
-
-    class Double(nn.Module):
-        def forward(self, bias: Tensor) -> Tensor:
-            return 2 * bias
-
-    model = nn.Sequential(nn.Linear(4, 4), Scaled(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
-    register_parametrization(model[2], "bias", Double())
-    plan = ig.plan(model, example_inputs=(torch.randn(2, 4),))
-    assert {layer.path for layer in plan.layers} == {"0", "3"}
-    reasons = dict(plan.floats)
-    assert "Scaled extends Linear" in reasons["1"] and "extends Linear" in reasons["2"]

@@ -83,9 +83,11 @@ class QuantizedLayer(nn.Module):
         with torch._C.DisableTorchFunction():
             return self.compute(input, self.operation)
 
-    def compute(self, x: Tensor, operation: BilinearOperation) -> Tensor:
-        """`forward` by an operation whose geometry may differ from call to call."""
-        weight, bias = self.operands()
+    def compute(
+        self, x: Tensor, operation: BilinearOperation, operands: tuple[Tensor, Tensor | None] | None = None
+    ) -> Tensor:
+        """`forward` by an operation whose geometry may differ from call to call, and by given operands."""
+        weight, bias = self.operands() if operands is None else operands
         if self.input_quantizer is not None and not self.input_on_grid:
             self.input_quantizer.observe(x)
         x = self.arrange_input(x)

@@ -10,6 +10,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from isogrid.layers.intercept import computed_product, own_class
+
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -28,6 +30,8 @@ def weight_of(module: nn.Module) -> Tensor:
     for rank, kind in enumerate(NORMS, 1):
         if isinstance(module, kind):
             return torch.ones_like(layer.running_mean, dtype=torch.float32).reshape(-1, 1, *[1] * rank)
+    if own_class(module) is not None:
+        return computed_product(module).weight
     weight = parameter_of(module, "weight")
     if isinstance(module, TRANSPOSED):
         grouped = weight.reshape(module.groups, -1, *weight.shape[1:]).transpose(1, 2)
@@ -47,7 +51,8 @@ def weight_key(module: nn.Module) -> Hashable:
     layer: Any = module
     if hasattr(module, "borrowed_key"):
         return layer.borrowed_key  # type: ignore[no-any-return]
-    if is_parametrized(module, "weight") or "weight" in vars(module) or isinstance(module, NORMS):
+    is_computed = is_parametrized(module, "weight") or "weight" in vars(module) or own_class(module) is not None
+    if is_computed or isinstance(module, NORMS):
         return id(module)
     return id(layer.weight), isinstance(module, TRANSPOSED)
 

@@ -17,6 +17,7 @@ from isogrid.errors import CaptureError
 from isogrid.layers.borrowed import BorrowedLinear
 from isogrid.layers.clamp import CLAMPS, Clamp, clamp_of
 from isogrid.layers.decompositions import DECOMPOSITIONS
+from isogrid.layers.intercept import probe
 from isogrid.layers.scope import (
     KINDS,
     OPERATION_KINDS,
@@ -33,8 +34,10 @@ from isogrid.planning.classify import (
     has_own_forward,
     is_one_call,
     is_sequential,
+    is_subclass_of_layer,
     is_wrapper,
     kind_of,
+    kind_of_extended,
     why_float,
     why_module_is_float,
 )
@@ -259,16 +262,23 @@ class _Recorder(TorchFunctionMode):
                 self._record(_What("pass", None), stub, inputs, outputs, module)
             return aliased
         if self._unit is module:
+            found = probe(module, args, kwargs) if is_subclass_of_layer(module) else None
             self._unit = None
             with torch._C.DisableTorchFunction():
-                self._record_module(module, (args, kwargs), result)
+                self._record_module(module, (args, kwargs), result, found)
         return None
 
-    def _record_module(self, module: nn.Module, arguments: Any, result: Any) -> None:
+    def _record_module(
+        self, module: nn.Module, arguments: Any, result: Any, found: tuple[str, Tensor | None] | None
+    ) -> None:
         inputs = tuple(self.value(tensor) for tensor in tensors_in(arguments))
         outputs = tensors_in(result)
         reason = why_module_is_float(module, outputs[0]) if outputs else ""
         kind = "float" if reason else kind_of(module)
+        if found is not None:
+            reason, x = found
+            kind, inputs = ("float", inputs) if x is None else (kind_of_extended(module), (self.value(x),))
+            reason = reason and f"{type(module).__name__} extends a layer, and {reason}"
         type_ = "Linear" if isinstance(module, BorrowedLinear) else type(module).__name__
         self._record(_What(kind, None, reason), type_, inputs, outputs, module)
 

@@ -110,6 +110,11 @@ def kind_of(module: nn.Module) -> str:
     return "float" if found is None else MODULE_KINDS[found]
 
 
+def kind_of_extended(module: nn.Module) -> str:
+    """The kind of the layer that a class with a forward of its own extends."""
+    return next(kind for layer, kind in MODULE_KINDS.items() if isinstance(module, layer))
+
+
 _DECIDES_FORWARD = ("__call__", "_call_impl", "forward", "_conv_forward", "_output_padding")
 
 
@@ -172,9 +177,6 @@ def why_float(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, An
 
 def why_module_is_float(module: nn.Module, output: Tensor) -> str:
     """Why a module that was called as one is not quantised, where its kind alone does not say; else empty."""
-    if is_subclass_of_layer(module):
-        parent = next(kind for kind in MODULE_KINDS if isinstance(module, kind))
-        return f"{type(module).__name__} extends {parent.__name__}, and its forward may do something else"
     if isinstance(module, Gates):
         return "the gates of a recurrent layer are elementwise and compute in float"
     if layer_type(module) is not None and "weight" in vars(module) and not computes_weight(module):

@@ -21,10 +21,12 @@ from isogrid.layers.convolution import (
 from isogrid.layers.dynamic import rule_of
 from isogrid.layers.elementwise import QuantizedAdd, QuantizedFusedAdd, QuantizedMultiply
 from isogrid.layers.embedding import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
+from isogrid.layers.intercept import own_class, parent_of
 from isogrid.layers.layer import QuantizedLayer, link, replacement
 from isogrid.layers.linear import QuantizedLinear
 from isogrid.layers.matmul import QuantizedMatmul
 from isogrid.layers.norm import QuantizedBatchNorm1d, QuantizedBatchNorm2d, QuantizedBatchNorm3d
+from isogrid.layers.own_forward import extended
 from isogrid.layers.scope import OperationScope, check_scope, open_scope
 from isogrid.layers.sites import QuantizedAveragePool, QuantizedConcat, QuantizedSite
 from isogrid.layers.weights import refresh_weights, weight_of
@@ -134,7 +136,8 @@ class _Builder:
         module = self._module(layer.path)
         if layer.path == "":
             raise PlanError("A model that is itself one layer cannot be changed in place. Wrap it in nn.Sequential.")
-        if kind_of(module) == "float" or (kind_of(module) == "batch_norm" and layer.batch_norm != layer.path):
+        kind = "own forward" if own_class(module) is not None else kind_of(module)
+        if kind == "float" or (kind == "batch_norm" and layer.batch_norm != layer.path):
             raise PlanError(
                 f"The plan quantises {layer.path!r}, which is a {type(module).__name__}. Plan this model anew."
             )
@@ -184,9 +187,10 @@ class _Builder:
     ) -> None:
         old = modules[path]
         if old not in made:
-            kind = layer_type(old)
+            kind = layer_type(old) or parent_of(old)
             assert kind is not None
-            made[old] = replacement(old, table[kind])
+            new, own = table[kind], own_class(old)
+            made[old] = replacement(old, new if own is None else extended(new, own))
 
     def _configure(self, plan: LayerPlan) -> None:
         module: Any = self._module(plan.path)

@@ -57,6 +57,8 @@ KERNELS: dict[str, Kernels] = {
     "onnxruntime": _ONNX_RUNTIME,
     # OpenVINO multiplies by reciprocals, adds zero points before it rounds, and the bias after it scales.
     "openvino": replace(_ONNX_RUNTIME, code_bound=1e-3),
+    # QONNX adds up dequantised values in float32.
+    "qonnx": replace(_ONNX_RUNTIME, code_bound=1e-3),
     "xnnpack": Kernels(
         quantize=xnnpack_kernels.quantize,
         add=xnnpack_kernels.add,

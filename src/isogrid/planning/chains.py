@@ -128,3 +128,18 @@ def fused_additions(graph: Graph, chains: Mapping[str, Chain]) -> dict[str, int]
         if fusible:
             found[name] = max(fusible, key=lambda value: order[layers[value].call.name])
     return found
+
+
+def nonnegative(graph: Graph, chains: Mapping[str, Chain]) -> set[str]:
+    """The names of the calls in chains whose results are never negative: behind a ReLU, and averages of such."""
+    found: set[str] = set()
+    made = {chain.value_of(call): name for name, chain in chains.items() for call in chain.calls}
+    for name, chain in chains.items():
+        clamp = None if chain.clamp is None else chain.clamp.clamp
+        clamped = clamp is not None and clamp.low is not None and clamp.low >= 0
+        pools = chain.call.kind == "average_pool" and all(
+            made.get(graph.origin(call.inputs[0])[0]) in found for call in chain.calls
+        )
+        if clamped or pools:
+            found.add(name)
+    return found

@@ -3,7 +3,7 @@
 A quantised layer absorbs the batch norm and the clamp that follow it, so that a chain is quantised once, at its end.
 """
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -15,9 +15,9 @@ from isogrid.formats import Format, named_format
 from isogrid.layers.borrowed import TakenApart
 from isogrid.layers.weights import weight_key, weight_of
 from isogrid.planning.arguments import Arguments
-from isogrid.planning.chains import Chain, fused_additions
+from isogrid.planning.chains import Chain, fused_additions, nonnegative
 from isogrid.planning.graph import COMPUTING_KINDS, LAYER_KINDS, Call, Graph
-from isogrid.planning.grids import Grids
+from isogrid.planning.grids import Grids, Owner
 from isogrid.planning.neighbours import neighbours_at_work
 from isogrid.planning.norms import as_convolutions, lone_norms
 from isogrid.planning.plan import LayerPlan, OperationPlan, Plan, Site
@@ -137,6 +137,7 @@ class Placement:
         )
 
     def _static_plan(self) -> Plan:
+        self._choose_ends()
         neighbours = neighbours_at_work(self.graph, self.choices, self.target.float_endings)
         fused = fused_additions(self.graph, neighbours.chains) if self.target.fuses_additions else {}
         grids = Grids(neighbours.with_floats(fused.values()))
@@ -159,7 +160,7 @@ class Placement:
             elif name in grids.concats:
                 owner = grids.owner_of(call.output)
                 operations.append(OperationPlan(call.scope, _site(call), "concat", grids.feeds(name), owner))
-        sites = self._weight_sites(layers) + self._activation_sites(grids)
+        sites = self._weight_sites(layers) + self._activation_sites(grids, nonnegative(self.graph, grids.chains))
         return self._assembled(sites, layers, operations, grids.chains)
 
     def _weight_plan(self) -> Plan:
@@ -209,7 +210,26 @@ class Placement:
             sites.setdefault(layer.weight, site)
         return list(sites.values())
 
-    def _activation_sites(self, grids: Grids) -> list[Site]:
+    def _choose_ends(self) -> None:
+        """The first and the last layer have the format that the scheme has for them."""
+        layers = [name for name in self.choices if self.graph.calls_of(name)[0].kind in ("linear", "convolution")]
+        if self.scheme.first_and_last is not None and layers:
+            for name in {layers[0], layers[-1]}:
+                if self.choices[name].weight == self.scheme.weight:
+                    self.choices[name] = replace(self.choices[name], weight=self.scheme.first_and_last)
+
+    def _activation(self, owner: Owner, choice: Choice, nonnegative: Collection[str]) -> str:
+        """The format of a grid: the scheme may have another for what is never negative, and for what comes in."""
+        assert choice.activation is not None
+        if choice.activation != self.scheme.activation:
+            return choice.activation
+        if owner.kind != "output":
+            return self.scheme.inputs or choice.activation
+        if self.scheme.nonnegative and all(member.name in nonnegative for member in owner.members):
+            return self.scheme.nonnegative
+        return choice.activation
+
+    def _activation_sites(self, grids: Grids, nonnegative: Collection[str]) -> list[Site]:
         sites = []
         for name, owner in grids.owners.items():
             choice = self.choices[owner.call.name]
@@ -219,11 +239,11 @@ class Placement:
                     f"The rule for {owner.call.name!r} asks for dynamic scales, but scheme {self.scheme.name} stores "
                     "one scale for each activation. Use scale='moving', or a dynamic scheme such as 'w8a8-dynamic'."
                 )
-            assert choice.activation is not None
-            self.target.check_format("activation", named_format(choice.activation), owner.call, self.scheme)
+            activation = self._activation(owner, choice, nonnegative)
+            self.target.check_format("activation", named_format(activation), owner.call, self.scheme)
             others = sorted({member.name for member in owner.members} - {owner.call.name})
             reason = choice.reason + (f", shared with {', '.join(others)}" if others else "")
-            how = (choice.activation, choice.scale, choice.estimator, choice.range)
+            how = (activation, choice.scale, choice.estimator, choice.range)
             sites.append(Site(name, owner.kind, *how, owner.shape, reason))
         return sites
 

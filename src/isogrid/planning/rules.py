@@ -88,6 +88,9 @@ class Scheme:
         arithmetic: `static` (integers end to end), `weight_only` or `dynamic` (the runtime quantises activations).
         description: one line for people.
         target: the runtime that is planned for where none is named.
+        nonnegative: format of activations behind a ReLU, where it is another one.
+        first_and_last: format of the weights of the first and the last layer, where it is another one.
+        inputs: format of activations that no quantised layer has made, where it is another one.
     """
 
     name: str
@@ -96,6 +99,9 @@ class Scheme:
     arithmetic: Literal["static", "weight_only", "dynamic"]
     description: str
     target: str = "onnxruntime"
+    nonnegative: str | None = None
+    first_and_last: str | None = None
+    inputs: str | None = None
 
 
 _SEVEN_BITS = "8-bit weights, activations of 7 bits (0..127), whose products no x86 CPU lets overflow"
@@ -117,6 +123,17 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("fbgemm", "int8/channel", "uint7/tensor", "static", f"{_SEVEN_BITS}; the same as x86"),
         Scheme("onednn", "int8/channel", "uint8/tensor", "static", "8-bit weights and activations; the same as w8a8"),
         Scheme("qnnpack", "int8/tensor", "uint8/tensor", "static", "8 bits, one scale for a whole weight"),
+        Scheme(
+            "finn",
+            "int4/channel:scale=e8m0",
+            "int4/tensor:scale=e8m0",
+            "static",
+            "4 bits for FPGAs: unsigned behind ReLU, 8 bits at both ends, power-of-two scales without zero points",
+            target="qonnx",
+            nonnegative="uint4/tensor:symmetric,scale=e8m0",
+            first_and_last="int8/channel:scale=e8m0",
+            inputs="int8/tensor:scale=e8m0",
+        ),
     )
 }
 """The schemes by name."""

@@ -26,6 +26,7 @@ class Entry(NamedTuple):
 TARGETS = {
     "onnxruntime": Entry("isogrid.targets.onnxruntime", "OnnxRuntime", "isogrid"),
     "executorch": Entry("isogrid.targets.executorch", "ExecuTorch", "isogrid[executorch]"),
+    "qonnx": Entry("isogrid.targets.qonnx", "Qonnx", "isogrid[qonnx]"),
     "openvino": Entry("isogrid.targets.openvino", "OpenVino", "isogrid[openvino]"),
 }
 """The runtimes by name. A runtime's packages are imported when it is asked for, not before."""

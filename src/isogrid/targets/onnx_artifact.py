@@ -22,7 +22,13 @@ PACKAGES = ("isogrid", "torch", "onnx", "onnxscript", "onnxruntime")
 
 
 def write_onnx(
-    integer_model: nn.Module, plan: Plan, path: str | Path, *, options: dict[str, str], passes: Sequence[Pass]
+    integer_model: nn.Module,
+    plan: Plan,
+    path: str | Path,
+    *,
+    options: dict[str, str],
+    passes: Sequence[Pass],
+    dynamic_batch: bool = True,
 ) -> Artifact:
     """Write an ONNX file with its sidecar `<path>.json`, for the plan's target.
 
@@ -32,11 +38,13 @@ def write_onnx(
         path: of the file.
         options: settings that keep the runtime to what was trained.
         passes: what the file's reader needs.
+        dynamic_batch: leave the first dimension of every input open.
     """
     path = Path(path)
     inputs = tuple(spec.zeros() for spec in plan.inputs)
     with flat_forward(integer_model, plan.arguments):
-        proto = to_onnx(integer_model, inputs, input_names=[spec.name for spec in plan.inputs], passes=passes)
+        names = [spec.name for spec in plan.inputs]
+        proto = to_onnx(integer_model, inputs, input_names=names, passes=passes, dynamic_batch=dynamic_batch)
     versions = _versions()
     properties = {
         "isogrid.plan": json.dumps(json.loads(plan.to_json()), separators=(",", ":")),

@@ -96,9 +96,7 @@ def _remove_round_trips(graph: ir.Graph) -> None:
         )
         if same:
             node.outputs[0].replace_all_uses_with(input_of(before, 0))
-        elif (before.op_type, node.op_type) == ("Clip", "Clip") and all(
-            _same_constant(input_of(before, i), input_of(node, i)) for i in (1, 2)
-        ):
+        elif (before.op_type, node.op_type) == ("Clip", "Clip") and _changes_nothing(before, node):
             node.outputs[0].replace_all_uses_with(before.outputs[0])
 
 
@@ -275,6 +273,15 @@ def _defaults(node: ir.Node, opsets: Mapping[str, int]) -> list[str]:
 
 
 
+
+
+def _changes_nothing(first: ir.Node, second: ir.Node) -> bool:
+    """Whether a Clip is behind another one with the same bounds or narrower ones."""
+    bounds = [ir.convenience.get_const_tensor(input_of(node, index)) for node in (first, second) for index in (1, 2)]
+    if any(bound is None for bound in bounds):
+        return False
+    low, high, wider_low, wider_high = (int(bound.numpy()) for bound in bounds if bound is not None)
+    return wider_low <= low and high <= wider_high
 
 
 def _same_constant(a: ir.Value, b: ir.Value) -> bool:

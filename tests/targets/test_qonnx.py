@@ -1,0 +1,81 @@
+"""What is written for QONNX, as far as the package qonnx is not needed to see it."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import isogrid as ig
+from isogrid.errors import TargetError
+from isogrid.targets.onnx_reading import OnnxGraph, attributes, nodes_of
+from isogrid.targets.qonnx_model import bit_widths
+from isogrid.targets.qonnx_nodes import DOMAIN
+from tests.targets.residual_networks import INPUTS, residuals, trained
+
+MIXED = [
+    ig.Rule(match="stem.0", weight="int3/channel:scale=e8m0", activation="uint5/tensor:symmetric,scale=e8m0"),
+    ig.Rule(match="left", weight="int2/channel:scale=e8m0"),
+    ig.Rule(match="hidden", weight="ternary/channel:scale=e8m0"),
+]
+
+
+def test_finn_has_few_bits_unsigned_behind_relu_and_eight_at_the_ends(tmp_path: Path) -> None:
+    model = trained("qonnx", "finn")
+    with torch.no_grad():
+        assert torch.equal(ig.convert(model)(INPUTS), model(INPUTS))
+    proto = onnx.load(ig.export(model, tmp_path / "model.onnx").path)
+    bits = bit_widths(proto)
+    assert bits["stem.0.input"] == bits["stem.0.weight"] == bits["head.weight"] == (8, True)
+    assert bits["stem.0.output"] == bits["depthwise.0.output"] == bits["hidden.output"] == (4, False)
+    assert bits["operations.sites.add.output"] == (4, False)
+    assert bits["pointwise.0.output"] == bits["left.weight"] == (4, True)
+    kinds = {node.op_type for node in proto.graph.node}
+    assert not kinds & {"QuantizeLinear", "DequantizeLinear"}
+    # Unsigned bits are a ReLU; the one that stays has a grid that it shares with a signed part of a concatenation.
+    assert [node.output[0] for node in proto.graph.node if node.op_type == "Relu"] == [
+        "operations.sites.add_1.output_clamped"
+    ]
+    assert {node.domain for node in proto.graph.node if node.op_type == "Quant"} == {DOMAIN}
+
+
+def test_every_quant_has_a_power_of_two_and_no_zero_point(tmp_path: Path) -> None:
+    graph = OnnxGraph(onnx.load(ig.export(trained("qonnx", rules=MIXED), tmp_path / "model.onnx").path))
+    for node in nodes_of(graph, "Quant"):
+        scale, zero, bits = (graph.array(name) for name in node.input[1:4])
+        assert scale is not None and zero is not None and bits is not None
+        assert np.array_equal(np.exp2(np.round(np.log2(scale))), scale)
+        assert zero == 0 and 2 <= bits <= 8
+        assert attributes(node)["rounding_mode"] == b"ROUND"
+
+
+def test_bits_differ_from_layer_to_layer(tmp_path: Path) -> None:
+    bits = bit_widths(onnx.load(ig.export(trained("qonnx", rules=MIXED), tmp_path / "model.onnx").path))
+    assert bits["stem.0.weight"] == (3, True)
+    assert bits["stem.0.output"] == (5, False)
+    assert bits["left.weight"] == bits["hidden.weight"] == (2, True)
+    assert bits["depthwise.0.weight"] == (8, True)
+
+
+def test_the_plan_says_which_runtime_finn_is_for() -> None:
+    plan = ig.plan(residuals(), scheme="finn", example_inputs=(INPUTS[:1],))
+    assert plan.target == "qonnx"
+    formats = {site.name: site.format for site in plan.sites}
+    assert formats["stem.0.weight"] == formats["head.weight"] == "int8/channel:scale=e8m0"
+    assert formats["mean.output"] == "int4/tensor:scale=e8m0"
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"activation": "uint8/tensor"}, "without zero points"),
+        ({"weight": "int4/group32"}, "Use int3/channel:scale=e8m0"),
+        ({"weight": "binary"}, "2 to 8 bits"),
+    ],
+)
+def test_formats_that_quant_cannot_have(rule: dict[str, str], message: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4))
+    with pytest.raises(TargetError, match=message):
+        ig.plan(model, target="qonnx", rules=[ig.Rule(match="*", **rule)], example_inputs=(torch.zeros(1, 64),))

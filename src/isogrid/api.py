@@ -14,6 +14,7 @@ from isogrid.planning import prepare as prepare
 from isogrid.planning.arguments import arguments_of
 from isogrid.planning.capture import capture
 from isogrid.planning.exchange import apart
+from isogrid.planning.lending import lending
 from isogrid.planning.placement import Placement
 from isogrid.planning.state import is_prepared, prepared_state
 from isogrid.targets import Artifact, LoadedModel, load_artifact, target_from_name
@@ -78,7 +79,8 @@ def plan(
     arguments = arguments_of(model, example_inputs)
     with apart(model):
         graph = capture(model, example_inputs)
-        return Placement(model, graph, runtime, chosen, tuple(rules), arguments).plan()
+        with lending(model, graph.lent):
+            return Placement(model, graph, runtime, chosen, tuple(rules), arguments).plan()
 
 
 def export(model: nn.Module, path: str | Path) -> Artifact:

@@ -133,6 +133,38 @@ def test_values_that_only_move_stay_on_their_grid(tmp_path: Path) -> None:
     all_integer(model, (torch.randn(2, 3, 6, 6),), tmp_path)
 
 
+class Head(nn.Module):
+    """A detection head that calls functions with its own parameters, the same on every level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.tower, self.tower_bias = nn.Parameter(torch.randn(4, 4, 3, 3)), nn.Parameter(torch.randn(4))
+        self.classes = nn.Parameter(torch.randn(2, 4, 1, 1))
+        self.last = nn.Parameter(torch.randn(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, found = self.stem(x), []
+        for level in (x, F.max_pool2d(x, 2)):
+            features = F.relu(F.conv2d(level, self.tower, self.tower_bias, padding=1))
+            found.append(F.conv2d(features, self.classes).flatten(2))
+        return F.linear(torch.cat(found, 2).mT, weight=self.last) + F.linear(x[:, :2, 0, 0], self.last * 2)[:, None]
+
+
+def test_functions_of_parameters(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Head(), torch.randn(2, 3, 8, 8)
+    before = list(model.state_dict())
+    plan = ig.plan(model, example_inputs=(x,))
+    assert list(model.state_dict()) == before and not hasattr(model, "tower_conv2d")
+    assert [layer.path for layer in plan.layers] == ["stem", "tower_conv2d", "classes_conv2d", "last_linear"]
+    assert plan.layers[1].clamp is not None and ig.Plan.from_json(plan.to_json()) == plan
+    assert "linear" in dict(plan.floats)  # by a weight that is computed
+    trained, operators = proven(model, (x,), tmp_path)
+    assert operators["QLinearConv"] == 5 and set(before) < set(trained.state_dict())
+    assert trained.tower.grad is not None and trained.tower.grad.abs().sum() > 0
+
+
 def test_the_gradient_of_a_product_is_that_of_its_rounded_operands() -> None:
     torch.manual_seed(0)
     model = Lambda(lambda m, x: m.l0(x) @ m.l1(x).mT, **linears(2))

@@ -20,6 +20,7 @@ from isogrid.errors import CaptureError
 from isogrid.layers import activations, elementwise, matmul
 from isogrid.layers.clamp import CLAMPS, CLAMPS_IN_PLACE
 from isogrid.layers.decompositions import DECOMPOSITIONS
+from isogrid.layers.lent import FUNCTIONS, Product, product_of
 
 OPERATION_KINDS: dict[Callable[..., Any], str] = {
     **elementwise.NAMES,
@@ -82,10 +83,14 @@ class OperationScope(nn.Module):
     Args:
         sites: the modules to call, by site name.
         skipped: sites whose work another layer has taken over; they return their input.
+        products: the names of the children that compute products by the module's own parameters.
     """
 
-    def __init__(self, sites: dict[str, nn.Module], skipped: Iterable[str] = ()):
+    def __init__(
+        self, sites: dict[str, nn.Module], skipped: Iterable[str] = (), products: Mapping[Product, str] | None = None
+    ):
         super().__init__()
+        self.products = dict(products or {})
         self.sites = nn.ModuleDict(sites)
         self.skipped = frozenset(skipped)
 
@@ -96,18 +101,25 @@ class OperationScope(nn.Module):
 class _Calls(TorchFunctionMode):
     """Counts the calls of one run of a forward and hands them to their sites."""
 
-    def __init__(self, scope: OperationScope, prefix: str = ""):
+    def __init__(self, module: nn.Module, prefix: str = ""):
         super().__init__()
-        self.scope, self.prefix = scope, prefix
+        self.module, self.prefix = module, prefix
+        self.scope: OperationScope = getattr(module, _SCOPE)
         self.counts: dict[str, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in CONSTRUCTORS:
             return func(*args, **kwargs)
+        if func in FUNCTIONS and self.scope.products:
+            found = product_of(self.module, func, args, kwargs)
+            if found is not None and found[1] in self.scope.products:
+                child = getattr(self.module, self.scope.products[found[1]])
+                with torch._C.DisableTorchFunction():
+                    return child(found[0])
         floats = takes_floats(args, kwargs)
         if floats and func in DECOMPOSITIONS and len(self.scope.sites):
-            with _Calls(self.scope, part_prefix(func, self.prefix, self.counts)):
+            with _Calls(self.module, part_prefix(func, self.prefix, self.counts)):
                 result = DECOMPOSITIONS[func](*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -232,7 +244,7 @@ def _scoped_forward(kind: Any) -> Callable[..., Any]:
     # Trainers look at the signature to know which columns of the data a model takes.
     @wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _Calls(getattr(self, _SCOPE)):
+        with _Calls(self):
             return plain(self, *args, **kwargs)
 
     return forward

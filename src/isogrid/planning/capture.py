@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from isogrid.errors import CaptureError
-from isogrid.layers.borrowed import BorrowedLinear
 from isogrid.layers.clamp import CLAMPS, Clamp, clamp_of
 from isogrid.layers.decompositions import DECOMPOSITIONS
 from isogrid.layers.intercept import probe
+from isogrid.layers.lent import FUNCTIONS, Lent, borrower, product_of
 from isogrid.layers.scope import (
     KINDS,
     OPERATION_KINDS,
@@ -42,6 +43,7 @@ from isogrid.planning.classify import (
     why_module_is_float,
 )
 from isogrid.planning.graph import Call, Graph
+from isogrid.planning.lending import take_back
 from isogrid.planning.moving import moves
 from isogrid.planning.stubs import stub_of
 from isogrid.planning.values import tensors_in
@@ -118,6 +120,8 @@ class _Recorder(TorchFunctionMode):
             child for m in model.modules() if is_sequential(m) for child in m.children() if is_wrapper(child)
         }
         self._calls: list[Call] = []
+        self._lents: list[Lent] = []
+        self._hooks: list[RemovableHandle] = []
         self._values: dict[int, tuple[int, int]] = {}
         self._alive: list[Tensor] = []
         self._stack: list[_Entry] = []
@@ -145,6 +149,7 @@ class _Recorder(TorchFunctionMode):
                 for module, path in modules
                 if not path.startswith(inside) and (has_own_forward(module) or self._is_alone(module))
             ),
+            lent=tuple(self._lents),
             fast_paths=tuple(path for module, path in modules if has_fast_path(module)),
         )
 
@@ -163,25 +168,29 @@ class _Recorder(TorchFunctionMode):
     def looking_on(self) -> Iterator[None]:
         """Record while open."""
         # Before a user's own hooks: what those do to inputs and outputs is not the module's work.
-        hooks = [
-            hook
-            for module in self.paths
-            for hook in (
-                module.register_forward_pre_hook(self._enter, prepend=True),
-                module.register_forward_hook(self._leave, prepend=True, with_kwargs=True),
-            )
-        ]
+        self._hooks = [hook for module in self.paths for hook in self._watch(module)]
         try:
             with self:
                 yield
         finally:
-            for hook in hooks:
+            for hook in self._hooks:
                 hook.remove()
+            take_back(self.model, self._lents)
+
+    def _watch(self, module: nn.Module) -> list[RemovableHandle]:
+        return [
+            module.register_forward_pre_hook(self._enter, prepend=True),
+            module.register_forward_hook(self._leave, prepend=True, with_kwargs=True),
+        ]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._unit is not None:
             return func(*args, **kwargs)
+        if func in FUNCTIONS and (product := self._lent(func, args, kwargs)) is not None:
+            x, child = product
+            with self:
+                return child(x)
         if func in DECOMPOSITIONS and takes_floats(args, kwargs):
             result = self._in_parts(func, args, kwargs)
             if result is not NotImplemented:
@@ -200,6 +209,25 @@ class _Recorder(TorchFunctionMode):
         if computes_floats and outputs and inputs and not (unchanged and what.kind in ("float", "pass")):
             self._record(what, _name(func), inputs, outputs, self._scope().module)
         return result
+
+    def _lent(self, func: Any, args: Any, kwargs: Any) -> tuple[Tensor, nn.Module] | None:
+        """The input and the child that computes a product by parameters of the module that asks for it."""
+        module = self._scope().module
+        found = None if is_container(module) else product_of(module, func, args, kwargs)
+        if found is None:
+            return None
+        x, product = found
+        path = self.paths[module]
+        lent = next((each for each in self._lents if (each.scope, each.product) == (path, product)), None)
+        if lent is None:
+            counts = {name: 1 for name in dir(module)}
+            lent = Lent(path, site_name(f"{product.weight}_{product.function}", counts), product)
+            child = borrower(module, product)
+            module.add_module(lent.name, child)
+            self._lents.append(lent)
+            self.paths[child] = lent.path
+            self._hooks += self._watch(child)
+        return x, getattr(module, lent.name)
 
     def _in_parts(self, func: Any, args: Any, kwargs: Any) -> Any:
         scope = self._scope()
@@ -279,7 +307,7 @@ class _Recorder(TorchFunctionMode):
             reason, x = found
             kind, inputs = ("float", inputs) if x is None else (kind_of_extended(module), (self.value(x),))
             reason = reason and f"{type(module).__name__} extends a layer, and {reason}"
-        type_ = "Linear" if isinstance(module, BorrowedLinear) else type(module).__name__
+        type_ = type(module).__name__.removeprefix("Borrowed")
         self._record(_What(kind, None, reason), type_, inputs, outputs, module)
 
     def _record(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from isogrid.layers.clamp import Clamp
+from isogrid.layers.lent import Lent
 
 LAYER_KINDS = frozenset({"linear", "convolution", "embedding"})
 """Calls of modules that have a weight to quantise."""
@@ -60,6 +61,7 @@ class Graph:
         model_inputs, model_outputs: values that enter and leave the model.
         uncalled: paths of modules with parameters that the run did not reach.
         scopes: paths of the modules whose forward may call functions that can be sites.
+        lent: products by parameters of a forward's own module, which were seen as calls of children.
         fast_paths: paths of modules that PyTorch computes without calling their children, where it sees fit.
     """
 
@@ -69,6 +71,7 @@ class Graph:
     uncalled: tuple[str, ...] = ()
     scopes: tuple[str, ...] = ()
     fast_paths: tuple[str, ...] = ()
+    lent: tuple[Lent, ...] = ()
 
     @cached_property
     def by_name(self) -> dict[str, list[Call]]:

@@ -280,6 +280,7 @@ class Placement:
     ) -> Plan:
         absorbed = {call.name for chain in chains.values() for call in (*chain.norms, *chain.clamps)}
         planned = {layer.path for layer in layers} | {f"{o.scope}.{o.site}".lstrip(".") for o in operations}
+        lent = tuple(each for each in self.graph.lent if each.path in planned)
         return Plan(
             target=self.target.name,
             kernels=self.target.kernels,
@@ -287,9 +288,10 @@ class Placement:
             sites=tuple(sites),
             layers=tuple(layers),
             operations=tuple(operations),
-            scopes=self._scopes(operations, chains),
+            scopes=self._scopes(operations, chains, {each.scope for each in lent}),
             floats=self._float_rows(planned | absorbed),
             arguments=self.arguments,
+            lent=lent,
             apart=tuple(
                 path
                 for path, module in self.model.named_modules()
@@ -297,7 +299,9 @@ class Placement:
             ),
         )
 
-    def _scopes(self, operations: Sequence[OperationPlan], chains: Mapping[str, Chain]) -> dict[str, tuple[str, ...]]:
+    def _scopes(
+        self, operations: Sequence[OperationPlan], chains: Mapping[str, Chain], lenders: set[str]
+    ) -> dict[str, tuple[str, ...]]:
         """The forwards to watch, with the calls that other layers do for them.
 
         Where there is work to do, every forward is watched, so that calls are counted for the module that makes
@@ -307,7 +311,7 @@ class Placement:
         for chain in chains.values():
             for clamp in chain.clamps:
                 skipped.setdefault(clamp.scope, {})[_site(clamp)] = None
-        watched = self.graph.scopes if operations or skipped else self.graph.fast_paths
+        watched = self.graph.scopes if operations or skipped else (*self.graph.fast_paths, *sorted(lenders))
         return {path: tuple(skipped.get(path, ())) for path in watched}
 
     def _float_rows(self, quantized: set[str]) -> tuple[tuple[str, str], ...]:

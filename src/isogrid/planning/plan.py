@@ -9,6 +9,7 @@ from rich.table import Table
 
 from isogrid.errors import PlanError
 from isogrid.layers.clamp import Clamp
+from isogrid.layers.lent import Lent, Product
 from isogrid.planning.arguments import Arguments, InputSpec
 
 
@@ -103,6 +104,7 @@ class Plan:
         scopes: paths of modules whose forward is watched, with the calls that other layers do for them.
         floats: name and reason of what stays float.
         arguments: of the model's forward.
+        lent: products by parameters of a forward's own module, which children of it compute.
         apart: paths of modules of several products, such as nn.LSTM, that are taken apart into layers.
     """
 
@@ -116,6 +118,7 @@ class Plan:
     floats: tuple[tuple[str, str], ...]
     arguments: Arguments = field(default_factory=Arguments)
     apart: tuple[str, ...] = field(default=())
+    lent: tuple[Lent, ...] = field(default=())
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -174,6 +177,7 @@ class Plan:
                     for o in data["operations"]
                 ),
                 apart=tuple(data["apart"]),
+                lent=tuple(Lent(each["scope"], each["name"], _product(each["product"])) for each in data["lent"]),
                 scopes={path: tuple(skipped) for path, skipped in data["scopes"].items()},
                 floats=tuple((name, reason) for name, reason in data["floats"]),
                 arguments=Arguments.from_json(data["arguments"]),
@@ -187,6 +191,11 @@ class Plan:
 
 def _feed(data: dict[str, Any] | None) -> Feed | None:
     return None if data is None else Feed(**data)
+
+
+def _product(data: dict[str, Any]) -> Product:
+    arguments: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in data.items()}
+    return Product(**arguments)
 
 
 def _clamp(data: dict[str, Any] | None) -> Clamp | None:

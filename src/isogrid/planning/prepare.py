@@ -23,6 +23,14 @@ from isogrid.layers.elementwise import QuantizedAdd, QuantizedFusedAdd, Quantize
 from isogrid.layers.embedding import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
 from isogrid.layers.intercept import own_class, parent_of
 from isogrid.layers.layer import QuantizedLayer, link, replacement
+from isogrid.layers.lent import (
+    BorrowedConv1d,
+    BorrowedConv2d,
+    BorrowedConv3d,
+    QuantizedBorrowedConv1d,
+    QuantizedBorrowedConv2d,
+    QuantizedBorrowedConv3d,
+)
 from isogrid.layers.linear import QuantizedLinear
 from isogrid.layers.matmul import QuantizedMatmul
 from isogrid.layers.norm import QuantizedBatchNorm1d, QuantizedBatchNorm2d, QuantizedBatchNorm3d
@@ -32,6 +40,7 @@ from isogrid.layers.sites import QuantizedAveragePool, QuantizedConcat, Quantize
 from isogrid.layers.weights import refresh_weights, weight_of
 from isogrid.planning.classify import kind_of, layer_type
 from isogrid.planning.exchange import exchange, take_apart
+from isogrid.planning.lending import lend, take_back
 from isogrid.planning.plan import LayerPlan, OperationPlan, Plan, Site
 from isogrid.planning.state import add_state, is_prepared
 from isogrid.quantizers import Quantizer
@@ -47,6 +56,9 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose2d: QuantizedConvTranspose2d,
     nn.ConvTranspose3d: QuantizedConvTranspose3d,
     BorrowedLinear: QuantizedBorrowedLinear,
+    BorrowedConv1d: QuantizedBorrowedConv1d,
+    BorrowedConv2d: QuantizedBorrowedConv2d,
+    BorrowedConv3d: QuantizedBorrowedConv3d,
     nn.Embedding: QuantizedEmbedding,
     nn.EmbeddingBag: QuantizedEmbeddingBag,
     nn.BatchNorm1d: AbsorbedBatchNorm1d,
@@ -97,9 +109,11 @@ def prepare(model: nn.Module, plan: Plan) -> nn.Module:
         raise PlanError("The model is prepared already. Start from a float model, or change the plan before prepare.")
     whole = take_apart(model, plan.apart)
     try:
+        lend(model, plan.lent)
         builder = _Builder(model, plan)
         builder.check()
     except BaseException:
+        take_back(model, plan.lent)
         exchange(model, whole)
         raise
     builder.build()
@@ -176,7 +190,8 @@ class _Builder:
         for layer in self.plan.layers:
             self._configure(layer)
         for path, skipped in self.plan.scopes.items():
-            open_scope(self._module(path), OperationScope(sites.get(path, {}), skipped))
+            products = {lent.product: lent.name for lent in self.plan.lent if lent.scope == path}
+            open_scope(self._module(path), OperationScope(sites.get(path, {}), skipped, products))
 
     @staticmethod
     def _replace(

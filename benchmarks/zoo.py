@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -28,11 +29,16 @@ from architectures import ZOO
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import isogrid as ig
 from isogrid.errors import IsogridError
 from isogrid.planning.values import tensors_in
+
+RULES = [ig.Rule(match="*", range="minmax")]
+"""Random weights need no search for the best range, and without it calibration takes a tenth of the time."""
 
 LAYER_OPERATORS = ("convolution", "addmm", "mm")
 """What PyTorch calls to multiply by weights; other products are of activations with each other."""
@@ -51,7 +57,6 @@ class Row:
             layers, and of all.
         differing, compared: codes.
         seconds: for everything.
-        left: what else stays float, by kind, most frequent first.
     """
 
     name: str
@@ -75,14 +80,28 @@ def run(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
+class Multiplications(TorchDispatchMode):
+    """Counts multiplications with accumulation, by operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            flops = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+            self.counts[func._overloadpacket.__name__] += flops // 2
+        return result
+
+
 def multiplications(model: nn.Module, inputs: Any) -> tuple[int, int]:
     """Multiplications of a float model for one batch: those with weights, and all."""
-    counter = FlopCounterMode(display=False)
-    # Without fused kernels, so that an LSTM shows its products.
-    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), counter:
+    # Without fused kernels, so that attention and an LSTM show their products.
+    plain = torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH)
+    with torch.no_grad(), plain[0], plain[1], Multiplications() as found:
         run(model.eval(), inputs)
-    counts = {str(op).rpartition(".")[2]: flops // 2 for op, flops in counter.get_flop_counts()["Global"].items()}
-    return sum(counts.get(name, 0) for name in LAYER_OPERATORS), sum(counts.values())
+    return sum(found.counts[name] for name in LAYER_OPERATORS), sum(found.counts.values())
 
 
 def train(model: nn.Module, batches: list[Any]) -> None:
@@ -109,7 +128,7 @@ def attempt(name: str) -> Row:
         model, batches = architecture.build(), [architecture.inputs() for _ in range(2)]
         of_layers, of_all = multiplications(model, batches[0])
         stage = "plan"
-        plan = ig.plan(model, "onnxruntime", "w8a8", example_inputs=batches[0])
+        plan = ig.plan(model, "onnxruntime", "w8a8", RULES, example_inputs=batches[0])
         stage = "prepare"
         ig.prepare(model, plan)
         stage = "calibrate"
@@ -241,10 +260,11 @@ $ python benchmarks/zoo.py --write docs/zoo.md
 ```
 
 The models are those of transformers {transformers.__version__}, small and with random weights, and four in plain
-PyTorch. The shares say how many of a model's multiplications ONNX Runtime does on integers, read from the graph that it
-really runs: those of convolutions and linear layers, and all, products of activations in attention included. Codes are
-counted end to end; behind float arithmetic, such as a normalisation, one may differ where a rounding falls otherwise,
-and verification demands equality only on the runtime's own inputs ([how](concepts/verification.md)).
+PyTorch. Ranges go from the smallest to the largest value (`range: minmax`). The shares say how many of a model's
+multiplications ONNX Runtime does on integers, read from the graph that it really runs: those of convolutions and linear
+layers, and all, products of activations in attention included. Codes are counted end to end; behind float arithmetic,
+such as a normalisation, one may differ where a rounding falls otherwise, and verification demands equality only on the
+runtime's own inputs ([how](concepts/verification.md)).
 
 {len(verified)} of {len(rows)} are verified; in {whole} of these at least 99 % of the multiplications of convolutions
 and linear layers are done on integers. One run with torch {torch.__version__} and ONNX Runtime
@@ -258,16 +278,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(ZOO), help="these architectures alone")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for one architecture")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=Path, help="write the rows here, beside those of others that it already holds")
     parser.add_argument("--write", type=Path, help="write the documentation's page here")
     arguments = parser.parse_args()
-    console, worker, rows = Console(), Worker(arguments.limit), []
+    console, worker, known = Console(), Worker(arguments.limit), {}
+    if arguments.json is not None and arguments.json.exists():
+        known = {row["name"]: Row(**row) for row in json.loads(arguments.json.read_text())}
     for name in track(arguments.only or list(ZOO), console=console):
-        row = worker.attempt(name)
-        rows.append(row)
-        console.print("  ".join(cells(row)), markup=False, highlight=False)
+        known[name] = worker.attempt(name)
+        console.print("  ".join(cells(known[name])), markup=False, highlight=False)
+        rows = [known[each] for each in ZOO if each in known]
         if arguments.json is not None:
-            arguments.json.write_text(json.dumps([asdict(each) for each in rows], indent=1))
+            arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     worker.close()
     if arguments.write is not None:
         arguments.write.write_text(page(rows), encoding="utf-8")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from isogrid.targets.explaining import explained
 from isogrid.targets.onnx_graph import ONNX_RUNTIME_PASSES, Pass, finish
 from isogrid.targets.onnx_registry import registry_made_once
 from isogrid.targets.onnx_translation import TRANSLATIONS
@@ -38,7 +39,8 @@ def to_onnx(
         example_inputs: positional arguments of its forward.
         dynamic_batch: leave the first dimension of every input open.
         input_names, output_names: in the file; by default the names in forward, and what the exporter calls them.
-        passes: what the file's reader needs.
+from isogrid.targets.explaining import explained
+from isogrid.targets.onnx_graph import ONNX_RUNTIME_PASSES, Pass, finish
     """
     if dynamic_batch:
         # The exporter takes a dimension of one for a constant.
@@ -47,7 +49,7 @@ def to_onnx(
     shapes = pytree.tree_map(lambda x: {0: batch} if _has_batch(x) else None, example_inputs)
     if _takes_any_arguments(module):
         shapes = (shapes,)
-    with torch.no_grad(), _quiet(), registry_made_once():
+    with torch.no_grad(), _quiet(), registry_made_once(), explained(module):
         program = torch.onnx.export(
             module,
             example_inputs,

@@ -175,6 +175,9 @@ def _macs(func: Any, args: Any, kwargs: Any, result: Any) -> int:
             return int(result.numel() * prod(args[3].shape[1:]))
     elif name == "mkldnn_rnn_layer":  # an LSTM on the CPU: its input, and the weights of input and state
         return int(args[0][..., 0].numel() * (args[1].numel() + args[2].numel()))
+    elif name == "_scaled_dot_product_flash_attention_for_cpu":  # queries with keys, and what comes out with values
+        query, key, value = args[:3]
+        return int(query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
     elif func._overloadpacket in flop_registry:
         return int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)) // 2
     return 0

@@ -39,8 +39,10 @@ def to_onnx(
         example_inputs: positional arguments of its forward.
         dynamic_batch: leave the first dimension of every input open.
         input_names, output_names: in the file; by default the names in forward, and what the exporter calls them.
-from isogrid.targets.explaining import explained
-from isogrid.targets.onnx_graph import ONNX_RUNTIME_PASSES, Pass, finish
+        passes: what is made of the graph afterwards.
+
+    Raises:
+        TargetError: the exporter cannot translate the module; the operator or line is named.
     """
     if dynamic_batch:
         # The exporter takes a dimension of one for a constant.

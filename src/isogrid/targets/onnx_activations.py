@@ -96,6 +96,16 @@ def write_activations(model: ir.Model) -> None:
     model.opset_imports.pop(DOMAIN, None)
 
 
+def name_looked_up(graph: ir.Graph) -> None:
+    """Name codes from a table after their site again, where the optimiser joined the Reshape with one behind it."""
+    for node in graph:
+        name = node.outputs[0].name or ""
+        if node.op_type == LOOK_UP and name.endswith("_flat"):
+            shaped = node.outputs[0].consumers()[0].outputs[0]
+            if not shaped.is_graph_output():
+                shaped.name = name.removesuffix("_flat")
+
+
 class _Writer:
     """Writes what a node of ours becomes."""
 

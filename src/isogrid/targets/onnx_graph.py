@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
-from isogrid.targets.onnx_activations import write_activations
+from isogrid.targets.onnx_activations import name_looked_up, write_activations
 from isogrid.targets.onnx_nodes import initializer, input_of, insert, producer_of, unique, values_of
 
 # Weight codes are stored in the smallest of these that holds them, each with the first opset that has it.
@@ -49,6 +49,7 @@ def finish(model: ir.Model, passes: Sequence[Pass]) -> onnx.ModelProto:
     _remove_round_trips(model.graph)
     write_activations(model)
     optimizer.optimize_ir(model, should_fold=_should_fold)
+    name_looked_up(model.graph)
     common.IdentityEliminationPass()(model)
     _make_scalars(model.graph)
     _store_codes(model)

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
         reestimate_batch_norm,
         restore,
         save,
-        unplanned,
         verify,
     )
 
@@ -56,7 +55,6 @@ __all__ = [
     "reestimate_batch_norm",
     "restore",
     "save",
-    "unplanned",
     "verify",
 ]
 

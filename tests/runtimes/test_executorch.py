@@ -13,7 +13,7 @@ def exported(name, tmp_path, steps=2):
     model, inputs = make(name)
     ig.prepare(model, ig.plan(model, target="executorch", scheme="w8a8", example_inputs=inputs))
     ig.calibrate(model, [inputs])
-    train(model, inputs, steps)
+    train(model, inputs, steps, lr=0.001)
     return model, inputs, ig.export(model.eval(), tmp_path / "model.pte")
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from isogrid.layers import arithmetic, onnxruntime_kernels, xnnpack_kernels
+from isogrid.layers import arithmetic, onnxruntime_kernels, torch_kernels, xnnpack_kernels
 from isogrid.layers.activations import lookup_table
 
 Kernel = Callable[..., Tensor]
@@ -65,6 +65,15 @@ KERNELS: dict[str, Kernels] = {
         multiply=xnnpack_kernels.multiply,
         average_pool=xnnpack_kernels.average_pool,
         global_average_pool=xnnpack_kernels.global_average_pool,
+    ),
+    "torch": Kernels(
+        quantize=xnnpack_kernels.quantize,
+        add=torch_kernels.add,
+        multiply=torch_kernels.multiply,
+        average_pool=torch_kernels.average_pool,
+        global_average_pool=torch_kernels.global_average_pool,
+        # Products accumulated in float32 and scaled twice; about 1e-5 of the codes of a layer.
+        code_bound=1e-4,
     ),
 }
 """The kernels by the name that a plan carries."""

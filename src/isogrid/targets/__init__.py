@@ -28,6 +28,8 @@ TARGETS = {
     "executorch": Entry("isogrid.targets.executorch", "ExecuTorch", "isogrid[executorch]"),
     "qonnx": Entry("isogrid.targets.qonnx", "Qonnx", "isogrid[qonnx]"),
     "openvino": Entry("isogrid.targets.openvino", "OpenVino", "isogrid[openvino]"),
+    "torch-export": Entry("isogrid.targets.torch_export", "TorchExport", "isogrid"),
+    "litert": Entry("isogrid.targets.litert", "LiteRT", "isogrid[litert]"),
 }
 """The runtimes by name. A runtime's packages are imported when it is asked for, not before."""
 

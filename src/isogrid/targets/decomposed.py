@@ -19,6 +19,7 @@ from isogrid.errors import TargetError
 isogrid: Any = torch.ops.isogrid
 aten: Any = torch.ops.aten
 decomposed: Any = torch.ops.quantized_decomposed
+QUANTIZE = decomposed.quantize_per_tensor.default
 
 MOVING = frozenset(
     {
@@ -65,16 +66,20 @@ class Decomposed(NamedTuple):
         observing: the same with every quantised tensor as a further output, all outputs in one flat tuple.
         codes: for each quantised tensor by its name, which of the further outputs it is.
         layers: names of the linear layers and convolutions, in order.
+        grids: of each of the further outputs.
+        quantizations: for each quantised tensor by its name, which of the program's quantisations makes it, in order.
     """
 
     program: torch.export.ExportedProgram
     observing: torch.export.ExportedProgram
     codes: dict[str, int]
     layers: list[str]
+    grids: list[Grid]
+    quantizations: dict[str, int]
 
 
 def decompose(
-    integer_model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any = None, weights: str = "codes"
+    integer_model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any = None, stored_as: str = "codes"
 ) -> Decomposed:
     """Export a converted model and replace Isogrid's operators by those of torch.
 
@@ -82,8 +87,8 @@ def decompose(
         integer_model: of `isogrid.convert`.
         example_inputs: positional arguments of its forward.
         dynamic_shapes: as for torch.export.export.
-        weights: "codes" stores int8 weights; "float" stores their values and quantises them in the graph, for readers
-            that look for that.
+        stored_as: "codes" has int8 weights, and codes as the further outputs; "values" has float weights that the graph
+            quantises, and dequantised codes, for readers that make the codes themselves.
 
     Raises:
         TargetError: torch.export cannot trace the model, or one of its operators has no such form.
@@ -91,20 +96,31 @@ def decompose(
     # In the functional form there is no writing in place and no dropout.
     functional = _exported(integer_model, example_inputs, dynamic_shapes).run_decompositions({})
     module = functional.module(check_guards=False)
-    writer = _Writer(module, weights)
+    writer = _Writer(module, stored_as)
     writer.run()
     program = _exported(module, example_inputs, dynamic_shapes)
     outputs = next(node for node in module.graph.nodes if node.op == "output")
     flat = [node for node in pytree.tree_leaves(outputs.args[0]) if isinstance(node, fx.Node)]
     made = list(dict.fromkeys(writer.codes.values()))
-    outputs.args = ((*flat, *made),)
+    with module.graph.inserting_before(outputs):
+        seen = [writer.values(node, writer.grid_of(node)) for node in made] if stored_as == "values" else made
+    outputs.args = ((*flat, *seen),)
     module.graph.set_codegen(fx.graph.CodeGen())
     module.recompile()
     leaves = tuple(pytree.tree_leaves(example_inputs))
     shapes = None if dynamic_shapes is None else tuple(pytree.tree_leaves(dynamic_shapes))
     observing = _exported(module, leaves, shapes)
     position = {node: number for number, node in enumerate(made)}
-    return Decomposed(program, observing, {name: position[n] for name, n in writer.codes.items()}, writer.layers)
+    codes = {name: position[node] for name, node in writer.codes.items()}
+    order = {node: number for number, node in enumerate(n for n in module.graph.nodes if n.target is QUANTIZE)}
+    return Decomposed(
+        program,
+        observing,
+        codes,
+        writer.layers,
+        [writer.grid_of(node) for node in made],
+        {name: order[node] for name, node in writer.codes.items()},
+    )
 
 
 def _exported(module: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> torch.export.ExportedProgram:
@@ -126,8 +142,8 @@ class _Writer:
         layers: names of what multiplies, in order.
     """
 
-    def __init__(self, module: fx.GraphModule, weights: str):
-        self.module, self.graph, self.weights = module, module.graph, weights
+    def __init__(self, module: fx.GraphModule, stored_as: str):
+        self.module, self.graph, self.stored_as = module, module.graph, stored_as
         self.codes: dict[str, fx.Node] = {}
         self.layers: list[str] = []
         self._grids: dict[fx.Node, Grid] = {}
@@ -180,6 +196,10 @@ class _Writer:
         count = self._names[name] = self._names.get(name, 0) + 1
         return name if count == 1 else f"{name}_{count}"
 
+    def grid_of(self, codes: fx.Node) -> Grid:
+        """The grid that codes were made on."""
+        return self._grids[codes]
+
     def keep(self, codes: fx.Node, scale: Any) -> fx.Node:
         """The same codes, after their name has been written down."""
         self.codes[self.name(str(scale.target).removesuffix("_scale"))] = codes
@@ -191,7 +211,7 @@ class _Writer:
         if self._grids.get(codes) == grid:
             return codes  # type: ignore[no-any-return]
         if (x, grid) not in self._made:
-            codes = self._made[x, grid] = self.call(decomposed.quantize_per_tensor.default, x, *grid.arguments)
+            codes = self._made[x, grid] = self.call(QUANTIZE, x, *grid.arguments)
             self._grids[codes] = grid
         return self._made[x, grid]
 
@@ -240,7 +260,7 @@ class _Writer:
             torch.int8,
         )
         codes = weight
-        if self.weights == "float":
+        if self.stored_as == "values":
             wide = self.constant(weight).float() * scales.reshape(-1, *[1] * (self.constant(weight).dim() - 1))
             codes = self.call(
                 decomposed.quantize_per_channel.default, self._buffer(f"{prefix}_values", wide), *per_channel
@@ -272,7 +292,7 @@ class _Writer:
             return
         users = list(node.users)
         with self.graph.inserting_after(node):
-            codes = self.call(decomposed.quantize_per_tensor.default, node, *grid.arguments)
+            codes = self.call(QUANTIZE, node, *grid.arguments)
         self._grids[codes] = grid
         self._made[node, grid] = codes
         with self.graph.inserting_after(codes):

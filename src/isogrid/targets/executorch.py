@@ -1,9 +1,7 @@
 """ExecuTorch with XNNPACK: a .pte file that runs in integers on the CPUs of phones and desktops."""
 
-import json
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from isogrid.errors import ArtifactError
@@ -11,14 +9,23 @@ from isogrid.formats import Format
 from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
 from isogrid.planning.rules import Scheme
-from isogrid.targets.artifact import Artifact, read_artifact, write_artifact
-from isogrid.targets.decomposed import Decomposed, decompose
-from isogrid.targets.executorch_model import ExecuTorchModel
-from isogrid.targets.flat import flat_forward
-from isogrid.targets.subprocesses import Worker
+from isogrid.targets.artifact import Artifact, read_artifact
+from isogrid.targets.lowering import lower
+from isogrid.targets.worker_model import Vocabulary, WorkerModel
 from isogrid.targets.xnnpack import check_static_format, check_sums, static_scheme, why_not_static
 
 WHAT = "ExecuTorch's XNNPACK"
+
+WORDS = Vocabulary(
+    runtime="executorch",
+    multiplying=frozenset(
+        {"XNNConv2d", "XNNDepthwiseConv2d", "XNNConvTranspose2d", "XNNFullyConnected", "XNNBatchMatrixMultiply"}
+        # ExecuTorch's own kernels, in float.
+        | {f"aten::{name}" for name in ("convolution", "linear", "addmm", "bmm", "mm", "baddbmm")}
+    ),
+    arranging=frozenset({"XNNStaticTranspose", "XNNStaticReshape"}),
+    codes="xnn_datatype_q",
+)
 
 
 class ExecuTorch:
@@ -31,6 +38,7 @@ class ExecuTorch:
     name = "executorch"
     kernels = "xnnpack"
     float_endings: frozenset[str] = frozenset()
+    fuses_additions = False
     fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:
@@ -64,21 +72,9 @@ class ExecuTorch:
             MissingExtraError: ExecuTorch is not installed.
         """
         check_sums(integer_model, WHAT)
-        worker = Worker(self.name)
-        try:
-            with flat_forward(integer_model, plan.arguments):
-                parts = decompose(integer_model, tuple(spec.zeros() for spec in plan.inputs))
-            programs = save_programs(parts, worker.folder)
-            note = {"inputs": [spec.name for spec in plan.inputs], "codes": parts.codes, "layers": parts.layers}
-            lowered = worker.folder / "lowered.pte"
-            versions = worker.call("lower", programs=programs, note=json.dumps(note), path=str(lowered)).value
-            artifact = Artifact(Path(path), self.name, {}, plan, versions, sha256="")
-            content = lowered.read_bytes()
-            return write_artifact(artifact, lambda temporary: temporary.write_bytes(content))
-        finally:
-            worker.close()
+        return lower(integer_model, plan, Path(path), self.name, stored_as="codes")
 
-    def load(self, path: str | Path | Artifact, threads: int = 0) -> ExecuTorchModel:
+    def load(self, path: str | Path | Artifact, threads: int = 0) -> WorkerModel:
         """A .pte file in ExecuTorch's runtime, in a process of its own.
 
         Args:
@@ -95,12 +91,4 @@ class ExecuTorch:
             raise ArtifactError(
                 f"{artifact.path} is for {artifact.target}, not for {self.name}. Load it with isogrid.load(path)."
             )
-        return ExecuTorchModel(artifact, threads)
-
-
-def save_programs(parts: Decomposed, folder: Path) -> dict[str, str]:
-    """Write both programs of a decomposed model; their files by the names of the methods they become."""
-    files = {name: str(folder / f"{name}.pt2") for name in ("forward", "observe")}
-    torch.export.save(parts.program, files["forward"])
-    torch.export.save(parts.observing, files["observe"])
-    return files
+        return WorkerModel(artifact, WORDS, threads)

@@ -31,6 +31,8 @@ def why_not_static(call: Call, what: str) -> str | None:
         return f"{what} has no integer kernel for convolutions over three dimensions"
     if call.kind == "add" and not call.is_plain_sum:
         return f"{what} adds two tensors; differences and sums with numbers stay float"
+    if call.kind == "add" and not call.is_plain_sum:
+        return f"differences, and sums with numbers or parameters, stay float in {what}"
     if call.kind in ("linear", "convolution", "add", "concat"):
         return None
     if call.kind == "average_pool":

@@ -1,0 +1,26 @@
+"""LiteRT computes, bit for bit, what `isogrid.convert` says."""
+
+import pytest
+
+import isogrid as ig
+from tests.models import make, train
+
+pytestmark = pytest.mark.runtime("litert")
+
+
+def exported(name, tmp_path, steps=2):
+    """A model of tests/models.py, prepared for LiteRT, trained a little and exported."""
+    model, inputs = make(name)
+    ig.prepare(model, ig.plan(model, target="litert", scheme="w8a8", example_inputs=inputs))
+    ig.calibrate(model, [inputs])
+    train(model, inputs, steps, lr=0.001)
+    return model, inputs, ig.export(model.eval(), tmp_path / "model.tflite")
+
+
+@pytest.mark.parametrize("name", ["residual", "geometries", "sequential", "shared", "two inputs"])
+def test_no_code_differs(name, tmp_path):
+    model, inputs, artifact = exported(name, tmp_path)
+    shorter, longer = (tuple(x[:1] * 3 for x in inputs), tuple(x.repeat_interleave(3, 0) for x in inputs))
+    report = ig.verify(model, artifact, [inputs, shorter, longer])
+    assert report, str(report)
+    assert report.sites and all(site.differing == 0 and site.exact for site in report.sites)

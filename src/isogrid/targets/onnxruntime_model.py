@@ -1,5 +1,6 @@
 """An artefact in ONNX Runtime: running it, and looking at what it really does."""
 
+import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from onnxruntime import InferenceSession
 from torch import Tensor
 
-from isogrid.errors import TargetError
+from isogrid.errors import ArtifactError, TargetError
 from isogrid.layers.nbits import quantizes_input
 from isogrid.targets.artifact import Artifact
 from isogrid.targets.onnx_activations import LOOK_UP
@@ -55,6 +56,10 @@ class OnnxRuntimeModel:
     Args:
         artifact: read and checked.
         threads: within an operator; 0 leaves it to ONNX Runtime.
+
+    Raises:
+        ArtifactError: the artefact's options are not those that its file was exported with.
+        TargetError: ONNX Runtime cannot load it.
     """
 
     def __init__(self, artifact: Artifact, threads: int = 0):
@@ -62,8 +67,22 @@ class OnnxRuntimeModel:
         self.threads = threads
         self.options = options_here(artifact.session_options)
         self.session = open_session(artifact.path, self.options, threads)
+        self._check_options()
         self.input_names: list[str] = [entry.name for entry in self.session.get_inputs()]
         self.output_names: list[str] = [entry.name for entry in self.session.get_outputs()]
+
+    def _check_options(self) -> None:
+        """The file says too which options it needs: with others ONNX Runtime may compute something else."""
+        written = self.session.get_modelmeta().custom_metadata_map.get("isogrid.session_options")
+        needed = json.loads(written) if written else self.artifact.session_options
+        given = self.artifact.session_options
+        for name in sorted(needed.keys() | given.keys()):
+            if needed.get(name) != given.get(name):
+                raise ArtifactError(
+                    f"{self.artifact.path} was exported for {name}={needed.get(name, 'unset')}, but is opened with "
+                    f"{given.get(name, 'unset')}: ONNX Runtime would compute something else than was trained. Restore "
+                    "the sidecar, or export again."
+                )
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """The model's outputs, as tensors on the CPU; raises TargetError where ONNX Runtime refuses the inputs."""

@@ -178,3 +178,12 @@ def test_the_gradient_of_a_product_is_that_of_its_rounded_operands() -> None:
     y.square().sum().backward()
     assert a.grad is not None
     torch.testing.assert_close(model.l0.bias.grad, a.grad.sum((0, 1)))
+
+
+def test_zeros_that_are_padded_before_a_maximum_count(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    parts = {"a": nn.Conv2d(2, 4, 3), "b": nn.Conv2d(4, 2, 1)}
+    nn.init.constant_(parts["a"].bias, -2.0)
+    model = Lambda(lambda m, x: m.b(F.max_pool2d(F.pad(m.a(x), (1, 1, 1, 1)), 3, 2)), **parts)
+    operators = all_integer(model, (torch.randn(2, 2, 9, 9),), tmp_path)
+    assert operators["Pad"] == 1 and operators["QLinearConv"] == 2

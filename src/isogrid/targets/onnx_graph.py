@@ -21,6 +21,8 @@ SUB_BYTE_TYPES = ((ir.DataType.INT2, ml_dtypes.int2, -2, 1, 25), (ir.DataType.IN
 NAMED_NODES = {"Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulNBits"}
 # Operators that ONNX Runtime replaces between DequantizeLinear and QuantizeLinear by kernels that round otherwise.
 REPLACED = {"Add", "AveragePool", "Gemm", "GlobalAveragePool", "LeakyRelu", "Mul", "Resize", "Sigmoid", "Softmax"}
+# Operators that it merges with a Pad before them.
+POOLINGS = {"AveragePool", "MaxPool"}
 # Operators that it moves a QuantizeLinear or DequantizeLinear across.
 PASSED = {"Clip", "Flatten", "MaxPool", "Relu", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 MODULE_PATH = "pkg.torch.onnx.name_scopes"
@@ -202,6 +204,8 @@ def keep_float(model: ir.Model) -> None:
 
     A Min with infinity keeps ONNX Runtime from replacing it by an integer kernel, whose codes differ here and there.
     Nodes that one operator of ours was translated to belong together; a pattern across two is none of ours.
+    It also keeps zeros that are padded before a pooling what they are: ONNX Runtime merges the two, and a pooling's own
+    padding is left out of a maximum.
     """
     graph = model.graph
     for node in list(graph):
@@ -213,6 +217,8 @@ def keep_float(model: ir.Model) -> None:
                 _shield(y, graph)
         elif is_product:
             _shield(input_of(node, 0), graph)
+        elif node.op_type == "Pad" and any(reader.op_type in POOLINGS for reader in y.consumers()):
+            _shield(y, graph)
 
 
 def _same_origin(a: ir.Node, b: ir.Node) -> bool:

@@ -6,6 +6,7 @@ them. Sites, their integer twins and the operators `torch.ops.isogrid.*` carry t
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -45,6 +46,12 @@ class Kernels:
     code_bound: float = 0.0
 
 
+def float_add(*operands: Any) -> Tensor:
+    """Addition of what codes stand for in float32, and QuantizeLinear: as a Q/DQ graph says, node by node."""
+    a, b = (arithmetic.dequantize(*operands[start : start + 3]) for start in (0, 3))
+    return arithmetic.quantize(a + b, *operands[6:])
+
+
 _ONNX_RUNTIME = Kernels(
     quantize=arithmetic.quantize,
     add=onnxruntime_kernels.add,
@@ -57,6 +64,8 @@ KERNELS: dict[str, Kernels] = {
     "onnxruntime": _ONNX_RUNTIME,
     # OpenVINO multiplies by reciprocals, adds zero points before it rounds, and the bias after it scales.
     "openvino": replace(_ONNX_RUNTIME, code_bound=1e-3),
+    # TensorRT's files say what float operators between Q/DQ compute.
+    "tensorrt": replace(_ONNX_RUNTIME, add=float_add, code_bound=1e-3),
     # QONNX adds up dequantised values in float32.
     "qonnx": replace(_ONNX_RUNTIME, code_bound=1e-3),
     "xnnpack": Kernels(

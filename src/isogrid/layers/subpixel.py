@@ -118,17 +118,10 @@ class IntegerTransposedConvolution(IntegerLayer):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         operation = self.operation.reaching(output_size, input.shape, self.kernel)
         geometry = subpixel(operation, self.kernel)
-        codes = ops.static_convolution(
-            self.quantized("input", input),
-            *self.grid("input"),
-            self.codes,
-            self.weight_scale,
-            self.bias,
-            *self.grid("output"),
-            [1] * len(self.kernel),
-            [*geometry.before, *geometry.after],
-            geometry.dilation,
-            operation.groups,
-            *self.limits["output"],
-        )
+        operands = (self.quantized("input", input), *self.grid("input"), self.codes, self.weight_scale, self.bias)
+        steps = [1] * len(self.kernel)
+        space = (steps, [*geometry.before, *geometry.after], geometry.dilation, operation.groups)
+        if not self.has_output_grid:
+            return geometry.interleaved(ops.static_convolution_float(*operands, *space))
+        codes = ops.static_convolution(*operands, *self.grid("output"), *space, *self.limits["output"])
         return ops.dequantize(geometry.interleaved(self._watched("output", codes)), *self.grid("output"))  # type: ignore[no-any-return]

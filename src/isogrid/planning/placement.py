@@ -211,12 +211,27 @@ class Placement:
         return list(sites.values())
 
     def _choose_ends(self) -> None:
-        """The first and the last layer have the format that the scheme has for them."""
+        """What the scheme says about heads, small products, and the first and the last layer."""
         layers = [name for name in self.choices if self.graph.calls_of(name)[0].kind in ("linear", "convolution")]
+        for name in layers:
+            if (why := self._why_scheme_keeps(name)) and self.choices[name].reason == f"scheme {self.scheme.name}":
+                self.floats[name] = why
+                del self.choices[name]
+        layers = [name for name in layers if name in self.choices]
         if self.scheme.first_and_last is not None and layers:
             for name in {layers[0], layers[-1]}:
                 if self.choices[name].weight == self.scheme.weight:
                     self.choices[name] = replace(self.choices[name], weight=self.scheme.first_and_last)
+
+    def _why_scheme_keeps(self, name: str) -> str:
+        calls = self.graph.calls_of(name)
+        least, shape = self.scheme.least_product, tuple(self._weight(name).shape)
+        if calls[0].kind == "linear" and min(shape) < least:
+            return f"{shape[1]} inputs and {shape[0]} outputs: fewer than {least} are faster in half precision"
+        outputs = {self.graph.origin(value)[0] for value in self.graph.model_outputs}
+        if self.scheme.keeps_heads and outputs & {call.output for call in calls}:
+            return "its output leaves the model, and heads stay in half precision"
+        return ""
 
     def _activation(self, owner: Owner, choice: Choice, nonnegative: Collection[str]) -> str:
         """The format of a grid: the scheme may have another for what is never negative, and for what comes in."""

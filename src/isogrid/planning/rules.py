@@ -91,6 +91,8 @@ class Scheme:
         nonnegative: format of activations behind a ReLU, where it is another one.
         first_and_last: format of the weights of the first and the last layer, where it is another one.
         inputs: format of activations that no quantised layer has made, where it is another one.
+        least_product: linear layers with fewer inputs or outputs stay float.
+        keeps_heads: layers whose output leaves the model stay float.
     """
 
     name: str
@@ -102,6 +104,8 @@ class Scheme:
     nonnegative: str | None = None
     first_and_last: str | None = None
     inputs: str | None = None
+    least_product: int = 0
+    keeps_heads: bool = False
 
 
 _SEVEN_BITS = "8-bit weights, activations of 7 bits (0..127), whose products no x86 CPU lets overflow"

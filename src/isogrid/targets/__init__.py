@@ -27,6 +27,7 @@ TARGETS = {
     "onnxruntime": Entry("isogrid.targets.onnxruntime", "OnnxRuntime", "isogrid"),
     "executorch": Entry("isogrid.targets.executorch", "ExecuTorch", "isogrid[executorch]"),
     "qonnx": Entry("isogrid.targets.qonnx", "Qonnx", "isogrid[qonnx]"),
+    "tensorrt": Entry("isogrid.targets.tensorrt", "TensorRt", "isogrid"),
     "openvino": Entry("isogrid.targets.openvino", "OpenVino", "isogrid[openvino]"),
     "torch-export": Entry("isogrid.targets.torch_export", "TorchExport", "isogrid"),
     "litert": Entry("isogrid.targets.litert", "LiteRT", "isogrid[litert]"),

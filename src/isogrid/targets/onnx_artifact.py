@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ def write_onnx(
     options: dict[str, str],
     passes: Sequence[Pass],
     dynamic_batch: bool = True,
+    check: Callable[[onnx.ModelProto], None] | None = None,
 ) -> Artifact:
     """Write an ONNX file with its sidecar `<path>.json`, for the plan's target.
 
@@ -39,12 +40,15 @@ def write_onnx(
         options: settings that keep the runtime to what was trained.
         passes: what the file's reader needs.
         dynamic_batch: leave the first dimension of every input open.
+        check: raises where the reader would refuse the file, which then is not written.
     """
     path = Path(path)
     inputs = tuple(spec.zeros() for spec in plan.inputs)
     with flat_forward(integer_model, plan.arguments):
         names = [spec.name for spec in plan.inputs]
         proto = to_onnx(integer_model, inputs, input_names=names, passes=passes, dynamic_batch=dynamic_batch)
+    if check is not None:
+        check(proto)
     versions = _versions()
     properties = {
         "isogrid.plan": json.dumps(json.loads(plan.to_json()), separators=(",", ":")),

@@ -84,6 +84,13 @@ def store_float_biases(model: ir.Model) -> None:
         model.graph.remove(node, safe=True)
 
 
+def drop_unused(model: ir.Model) -> None:
+    """Tensors that nothing reads any more are not stored."""
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]
+
+
 def dequantize_packed_weights(model: ir.Model) -> None:
     """A MatMulNBits, which is ONNX Runtime's own, becomes a MatMul of a weight that is dequantised in blocks.
 
@@ -109,9 +116,6 @@ def dequantize_packed_weights(model: ir.Model) -> None:
         y.shape, y.type = node.outputs[0].shape, node.outputs[0].type
         ir.convenience.replace_all_uses_with(node.outputs[0], y, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
-        for old in (packed, scale):
-            if old.name is not None and not old.uses():
-                del model.graph.initializers[old.name]
     model.opset_imports.pop("com.microsoft", None)
 
 

@@ -13,6 +13,9 @@ from isogrid.errors import TargetError
 from isogrid.targets.onnx_activations import LOOK_UP
 from isogrid.targets.processors import adds_products_in_32_bits
 
+OPTIMIZATIONS = "isogrid.optimizations"
+"""An option of our own: with `none` a file runs node by node, as it is written."""
+
 STATIC_OPTIONS = {"session.x64quantprecision": "1"}
 """For integer kernels: without it, x86 without VNNI adds pairs of products in int16, which overflows.
 
@@ -164,10 +167,13 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 def _session_options(options: Mapping[str, str]) -> onnxruntime.SessionOptions:
     session_options = onnxruntime.SessionOptions()
-    session_options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    levels = onnxruntime.GraphOptimizationLevel
+    as_written = options.get(OPTIMIZATIONS) == "none"
+    session_options.graph_optimization_level = levels.ORT_DISABLE_ALL if as_written else levels.ORT_ENABLE_ALL
     session_options.log_severity_level = 3
     for name, value in options.items():
-        session_options.add_session_config_entry(name, value)
+        if name != OPTIMIZATIONS:
+            session_options.add_session_config_entry(name, value)
     return session_options
 
 

@@ -13,7 +13,12 @@ from isogrid.planning.plan import Plan
 from isogrid.planning.rules import Scheme
 from isogrid.targets.artifact import Artifact, read_artifact
 from isogrid.targets.onnx_artifact import write_onnx
-from isogrid.targets.onnx_passes import clamp_before_rounding, dequantize_packed_weights, round_model_inputs
+from isogrid.targets.onnx_passes import (
+    clamp_before_rounding,
+    dequantize_packed_weights,
+    drop_unused,
+    round_model_inputs,
+)
 from isogrid.targets.openvino_model import OpenVinoModel
 
 STATIC_KINDS = ("linear", "convolution", "add", "concat", "average_pool")
@@ -85,7 +90,7 @@ class OpenVino:
 
     def export(self, integer_model: nn.Module, plan: Plan, path: str | Path) -> Artifact:
         """Write an ONNX file with its sidecar `<path>.json`; OpenVINO is not needed for it."""
-        passes = (dequantize_packed_weights, clamp_before_rounding, round_model_inputs)
+        passes = (dequantize_packed_weights, clamp_before_rounding, round_model_inputs, drop_unused)
         return write_onnx(integer_model, plan, path, options=OPTIONS, passes=passes)
 
     def load(self, path: str | Path | Artifact, threads: int = 0) -> OpenVinoModel:

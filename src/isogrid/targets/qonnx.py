@@ -12,6 +12,7 @@ from isogrid.planning.plan import Plan
 from isogrid.planning.rules import Scheme
 from isogrid.targets.artifact import Artifact, read_artifact
 from isogrid.targets.onnx_artifact import write_onnx
+from isogrid.targets.onnx_passes import drop_unused
 from isogrid.targets.qonnx_model import QonnxModel
 from isogrid.targets.qonnx_nodes import write_quant_nodes
 
@@ -63,7 +64,7 @@ class Qonnx:
 
     def export(self, integer_model: nn.Module, plan: Plan, path: str | Path) -> Artifact:
         """Write a QONNX file with its sidecar `<path>.json`; its batch is that of the example inputs."""
-        passes = (write_quant_nodes(plan),)
+        passes = (write_quant_nodes(plan), drop_unused)
         return write_onnx(integer_model, plan, path, options={}, passes=passes, dynamic_batch=False)
 
     def load(self, path: str | Path | Artifact, threads: int = 0) -> QonnxModel:

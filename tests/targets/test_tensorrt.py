@@ -1,0 +1,86 @@
+"""Files for TensorRT keep its rules, and say what was trained. TensorRT itself is not run here."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import isogrid as ig
+from isogrid.errors import TargetError
+from isogrid.targets.onnx_reading import OnnxGraph, nodes_of
+from isogrid.targets.tensorrt_rules import lint
+from tests.targets.residual_networks import INPUTS, residuals, trained
+
+
+def test_a_network_all_the_way(tmp_path: Path) -> None:
+    model = trained("tensorrt")
+    with torch.no_grad():
+        assert torch.equal(ig.convert(model)(INPUTS), model(INPUTS))
+    artifact = ig.export(model, tmp_path / "model.onnx")
+    found = {(finding.rule, finding.severity, finding.node) for finding in lint(onnx.load(artifact.path))}
+    assert found == {("half", "warning", "head"), ("dynamic-shape", "note", "input 'x'")}
+    report = ig.verify(model, artifact, [INPUTS])
+    assert report, str(report)
+    assert max(check.max_difference for check in report.replays if check.of_codes) <= 1
+    assert {check.name for check in report.graph if check.arithmetic == "float"} == {"head"}
+
+
+def test_where_codes_are(tmp_path: Path) -> None:
+    """Every product reads two DequantizeLinear; the layer before an addition is not rounded; no code is computed on."""
+    graph = OnnxGraph(onnx.load(ig.export(trained("tensorrt"), tmp_path / "model.onnx").path))
+    for name in ("pointwise.0", "down"):
+        (conv,) = (node for node in nodes_of(graph, "Conv") if node.name == name)
+        reader = graph.sole_reader(conv.output[0])
+        assert reader is not None and reader.op_type == "Add"
+    assert not any(tensor.data_type == onnx.TensorProto.INT32 for tensor in graph.model.graph.initializer)
+    assert not any(tensor.data_type == onnx.TensorProto.UINT8 for tensor in graph.model.graph.initializer)
+
+
+def test_heads_and_small_products_stay_float() -> None:
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    plan = ig.plan(model, target="tensorrt", scheme="w8a8", example_inputs=(torch.zeros(1, 8),))
+    floats = dict(plan.floats)
+    assert "8 inputs and 32 outputs" in floats["0"]
+    assert "its output leaves the model" in floats["4"]
+    assert [layer.path for layer in plan.layers] == ["2"]
+    rules = [ig.Rule(match="4", weight="int8/channel")]
+    asked = ig.plan(model, target="tensorrt", scheme="w8a8", rules=rules, example_inputs=(torch.zeros(1, 8),))
+    assert [layer.path for layer in asked.layers] == ["2", "4"]
+
+
+def test_weights_alone_are_int4_in_blocks_of_128(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 32))
+    x = torch.randn(4, 256)
+    ig.prepare(model, ig.plan(model, target="tensorrt", scheme="w4a16", example_inputs=(x,)))
+    artifact = ig.export(model, tmp_path / "model.onnx")
+    proto = onnx.load(artifact.path)
+    assert [finding for finding in lint(proto) if finding.severity != "note"] == []
+    types = {t.name: t.data_type for t in proto.graph.initializer}
+    assert types["0.weight_codes"] == types["2.weight_codes"] == onnx.TensorProto.INT4
+    report = ig.verify(model, artifact, [x])
+    assert report, str(report)
+    assert {check.arithmetic for check in report.graph} == {"float"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "scheme", "message"),
+    [
+        ({"activation": "uint8/tensor"}, "w8a8", "without a zero point"),
+        ({"weight": "int4/group128"}, "w8a8", "Use int8/channel"),
+        ({"weight": "int8/group128"}, "w4a16", "INT4 in blocks of 64 or 128"),
+    ],
+)
+def test_formats_that_it_cannot_run(rule: dict[str, str], scheme: str, message: str) -> None:
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
+    with pytest.raises(TargetError, match=message):
+        rules = [ig.Rule(match="*", **rule)]
+        ig.plan(model, target="tensorrt", scheme=scheme, rules=rules, example_inputs=(torch.zeros(1, 128),))
+
+
+def test_its_plan_for_a_residual_network() -> None:
+    plan = ig.plan(residuals(), target="tensorrt", scheme="w8a8", example_inputs=(INPUTS[:1],))
+    assert {site.format for site in plan.sites if site.kind != "weight"} == {"int8/tensor"}
+    assert [operation.kind for operation in plan.operations] == ["fused_add", "fused_add", "concat"]

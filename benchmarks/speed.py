@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 import isogrid as ig
 from isogrid.targets import target_from_name
+from isogrid.targets.onnx_artifact import export_float
 from isogrid.targets.onnx_runtime_session import open_session
-from isogrid.targets.onnxruntime import export_float
 from isogrid.targets.processors import adds_products_in_32_bits
 from isogrid.targets.subprocesses import Worker
 

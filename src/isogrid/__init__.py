@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         reestimate_batch_norm,
         restore,
         save,
+        unplanned,
         verify,
     )
 
@@ -55,6 +56,7 @@ __all__ = [
     "reestimate_batch_norm",
     "restore",
     "save",
+    "unplanned",
     "verify",
 ]
 

@@ -17,6 +17,7 @@ from isogrid.planning.exchange import apart
 from isogrid.planning.lending import lending
 from isogrid.planning.placement import Placement
 from isogrid.planning.state import is_prepared, prepared_state
+from isogrid.planning.state import unplanned as unplanned
 from isogrid.targets import Artifact, LoadedModel, load_artifact, target_from_name
 from isogrid.training import Phase, Schedule, calibrate, parameter_groups, reestimate_batch_norm, restore, save
 from isogrid.verification import VerificationReport, verify_artifact
@@ -144,5 +145,6 @@ __all__ = [
     "reestimate_batch_norm",
     "restore",
     "save",
+    "unplanned",
     "verify",
 ]

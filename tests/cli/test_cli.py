@@ -141,6 +141,20 @@ def test_inspect_shows_formats_and_what_is_float(trained: Path, name: str) -> No
     assert "int4/channel" in result.output
     assert "rule '4'" in result.output
     assert ("█" in result.output) == (name != "model.onnx.json")
+    assert ("What onnxruntime multiplies" in result.output) == (name == "model.onnx")
+
+
+def test_inspect_shows_what_is_in_an_onnx_file_that_nobody_vouches_for(trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "foreign.onnx"
+    file.write_bytes((trained / "model.onnx").read_bytes())
+    result = CliRunner().invoke(app, ["inspect", str(file)], env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    for expected in ("an ONNX model without a sidecar", "█", "Quantised tensors", "uint8", "onnxruntime multiplies"):
+        assert expected in result.output
+    file.write_text("nothing of the kind")
+    result = CliRunner().invoke(app, ["inspect", str(file)])
+    assert result.exit_code == 1
+    assert "is no ONNX model" in str(result.exception)
 
 
 def test_weight_only_codes_are_unpacked(tmp_path: Path) -> None:

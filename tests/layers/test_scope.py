@@ -1,4 +1,5 @@
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import isogrid as ig
-from isogrid.errors import CaptureError
+from isogrid.errors import CaptureError, PlanError
 from isogrid.layers.scope import OperationScope, open_scope
 from tests.models import assert_equal, prepared
 from tests.planning.test_capture import Lambda
@@ -94,3 +95,29 @@ def test_a_module_that_adds_only_in_training_does_not_disturb_others() -> None:
     inputs = (torch.randn(4, 3),)
     prepared(model, inputs)
     assert_equal(model.train()(*inputs), model.eval()(*inputs))
+
+
+def test_calls_that_the_plan_does_not_know_are_listed(caplog: pytest.LogCaptureFixture) -> None:
+    def forward(module: Any, x: Tensor) -> Tensor:
+        y = module.b(module.a(x) + x)
+        return module.c(y * y.relu()) if x.sum() > 0 else module.c(y)
+
+    model = Lambda(forward, a=nn.Linear(3, 3), b=nn.Linear(3, 3), c=nn.Linear(3, 3))
+    prepared(model, (-torch.ones(2, 3),))
+    assert ig.unplanned(model) == ()
+    for _ in range(2):
+        model(torch.ones(2, 3))
+    assert ig.unplanned(model) == ("mul", "relu")
+    assert [record.getMessage() for record in caplog.records] == [
+        "Lambda calls 'relu', which the plan does not know: it runs in float.",
+        "Lambda calls 'mul', which the plan does not know: it runs in float.",
+    ]
+    with pytest.raises(PlanError, match="not prepared"):
+        ig.unplanned(nn.Linear(3, 3))
+
+
+def test_a_site_that_is_called_otherwise_than_planned_says_so() -> None:
+    model = Lambda(lambda m, x: m.b(m.a(x) + (x if x.sum() > 0 else 1.0)), a=nn.Linear(3, 3), b=nn.Linear(3, 3))
+    prepared(model, (torch.ones(2, 3),))
+    with pytest.raises(CaptureError, match="planned with 2 tensors and is called with 1"):
+        model(-torch.ones(2, 3))

@@ -16,16 +16,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from isogrid.errors import CheckpointError, IsogridError, PlanError
+from isogrid.cli.operators import onnx_contents, operators_table
+from isogrid.cli.pictures import histogram
+from isogrid.errors import CheckpointError, IsogridError, MissingExtraError, PlanError, TargetError
 from isogrid.formats import IntegerGrid, named_format
 from isogrid.planning.plan import Plan, Site
 from isogrid.recipes.folders import RunFolder
 from isogrid.report import words
-from isogrid.targets import Artifact, read_artifact
+from isogrid.targets import Artifact, read_artifact, target_from_name
+from isogrid.targets.artifact import sidecar_path
 from isogrid.training.checkpoint import MANIFEST, read_manifest
 
-BARS = " ▁▂▃▄▅▆▇█"
-WIDTH = 32
+ONNX_BEGINS = b"\x08"
+"""The first field of a serialised ONNX model, its IR version; no other artefact begins so."""
 
 
 @dataclass(frozen=True)
@@ -34,37 +37,18 @@ class Contents:
 
     Attributes:
         facts: lines.
-        plan: of the model.
-        weights: codes by the name of their site, as whole numbers or ranks in the grid.
+        tables: to be shown below them.
     """
 
     facts: tuple[str, ...]
-    plan: Plan
-    weights: dict[str, Tensor]
-
-    def weights_table(self) -> Table:
-        """Every stored weight with its size and how often each code occurs."""
-        table = Table(title="Stored weights", title_justify="left")
-        for column in ("weight", "shape", "format"):
-            table.add_column(column, overflow="fold")
-        table.add_column("bits/value", justify="right")
-        table.add_column("zeros", justify="right")
-        table.add_column("codes, from the lowest to the highest")
-        for site in self.plan.sites:
-            if site.name in self.weights:
-                codes, fmt = self.weights[site.name], named_format(site.format)
-                zeros = f"{words.percent(float((codes == 0).float().mean()))} %"
-                bits = f"{fmt.bits_per_value(site.shape):.3g}"
-                picture = histogram(codes, *_ends(site))
-                table.add_row(site.name, words.shape(site.shape), site.format, bits, zeros, picture)
-        return table
+    tables: tuple[Table, ...]
 
 
 def contents_of(path: Path) -> Contents:
     """What a file or folder holds.
 
     Raises:
-        IsogridError: it does not exist, is corrupt, or is none of Isogrid's.
+        IsogridError: it does not exist, is corrupt, or is neither one of Isogrid's nor an ONNX file.
     """
     if path.is_dir():
         folder = path if (path / MANIFEST).is_file() else RunFolder(path).checkpoint
@@ -75,25 +59,9 @@ def contents_of(path: Path) -> Contents:
         raise IsogridError(f"There is no file {path}.")
     if path.suffix == ".json":
         return _of_json(path)
+    if path.suffix == ".onnx" and not sidecar_path(path).is_file():
+        return Contents(*onnx_contents(path))
     return _of_artifact(read_artifact(path))
-
-
-def histogram(codes: Tensor, low: int, high: int) -> str:
-    """How often each code from low to high occurs, as a line of bars; neighbours share a bar where there are many.
-
-    >>> histogram(torch.tensor([-1, 0, 0, 0, 0, 1, 1]), -1, 1)
-    '▂█▄'
-    """
-    values = codes.detach().flatten().float().numpy()
-    counts, _ = np.histogram(values, bins=min(high - low + 1, WIDTH), range=(low - 0.5, high + 0.5))
-    tallest = max(int(counts.max()), 1)
-    # A code that occurs at all shows: rounded up.
-    return "".join(BARS[-(-int(count) * (len(BARS) - 1) // tallest)] for count in counts)
-
-
-def _ends(site: Site) -> tuple[int, int]:
-    grid = named_format(site.format).grid
-    return (grid.low, grid.high) if isinstance(grid, IntegerGrid) else (0, len(grid.values()) - 1)
 
 
 def _of_json(path: Path) -> Contents:
@@ -104,7 +72,7 @@ def _of_json(path: Path) -> Contents:
     if isinstance(data, dict) and isinstance(data.get("plan"), dict):
         data = data["plan"]
     plan = Plan.from_json(json.dumps(data))
-    return Contents((f"{path}: a plan, {plan.scheme} for {plan.target}",), plan, {})
+    return Contents((f"{path}: a plan, {plan.scheme} for {plan.target}",), plan.tables())
 
 
 def _of_checkpoint(folder: Path) -> Contents:
@@ -121,7 +89,7 @@ def _of_checkpoint(folder: Path) -> Contents:
         f"{words.plural(step, 'step')} of the schedule done, {words.size(file.stat().st_size)} of tensors"
         + (", with the optimizer's state" if "optimizer" in manifest else ""),
     )
-    return Contents(facts, plan, dict(_codes_of_tensors(plan, tensors)))
+    return Contents(facts, (*plan.tables(), *_weights_tables(plan, dict(_codes_of_tensors(plan, tensors)))))
 
 
 def _codes_of_tensors(plan: Plan, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -135,6 +103,35 @@ def _codes_of_tensors(plan: Plan, tensors: dict[str, Tensor]) -> Iterator[tuple[
         yield site.name, fmt.quantize(tensors[site.name], **parts).codes
 
 
+def _weights_tables(plan: Plan, weights: dict[str, Tensor]) -> list[Table]:
+    """Every stored weight with its size and how often each code occurs; no table where there is none.
+
+    Args:
+        plan: of the model.
+        weights: codes by the name of their site, as whole numbers or ranks in the grid.
+    """
+    table = Table(title="Stored weights", title_justify="left")
+    for column in ("weight", "shape", "format"):
+        table.add_column(column, overflow="fold")
+    table.add_column("bits/value", justify="right")
+    table.add_column("zeros", justify="right")
+    table.add_column("codes, from the lowest to the highest")
+    for site in plan.sites:
+        if site.name in weights:
+            codes, fmt = weights[site.name], named_format(site.format)
+            zeros = f"{words.percent(float((codes == 0).float().mean()))} %"
+            bits = f"{fmt.bits_per_value(site.shape):.3g}"
+            table.add_row(
+                site.name, words.shape(site.shape), site.format, bits, zeros, histogram(codes, *_ends(site))
+            )
+    return [table] if table.row_count else []
+
+
+def _ends(site: Site) -> tuple[int, int]:
+    grid = named_format(site.format).grid
+    return (grid.low, grid.high) if isinstance(grid, IntegerGrid) else (0, len(grid.values()) - 1)
+
+
 def _of_artifact(artifact: Artifact) -> Contents:
     plan = artifact.plan
     versions = ", ".join(f"{name} {version}" for name, version in artifact.versions.items())
@@ -146,7 +143,21 @@ def _of_artifact(artifact: Artifact) -> Contents:
         f"written by {versions}",
         "session options: " + (", ".join(f"{k}={v}" for k, v in artifact.session_options.items()) or "none"),
     )
-    return Contents(facts, plan, dict(_codes_of_file(plan, onnx.load(artifact.path))))
+    with artifact.path.open("rb") as file:
+        is_onnx = file.read(1) == ONNX_BEGINS
+    codes = dict(_codes_of_file(plan, onnx.load(artifact.path))) if is_onnx else {}
+    notes: tuple[str, ...] = ()
+    try:
+        loaded = target_from_name(artifact.target).load(artifact)
+        operators = [operators_table(artifact.target, loaded.multiplications(), plan)]
+        codes = codes or {name: tensor for name, tensor in loaded.stored().items() if name in _weights_of(plan)}
+    except (MissingExtraError, TargetError) as error:
+        operators, notes = [], (f"what {artifact.target} runs cannot be shown: {error}",)
+    return Contents((*facts, *notes), (*plan.tables(), *operators, *_weights_tables(plan, codes)))
+
+
+def _weights_of(plan: Plan) -> set[str]:
+    return {site.name for site in plan.sites if site.kind == "weight"}
 
 
 def _codes_of_file(plan: Plan, model: onnx.ModelProto) -> Iterator[tuple[str, Tensor]]:

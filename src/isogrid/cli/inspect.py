@@ -10,7 +10,7 @@ def inspect(
     file: Annotated[
         Path,
         typer.Argument(
-            help="An artefact, the folder of a checkpoint or run, a plan as JSON; with --lint any ONNX file.",
+            help="An artefact, any ONNX file, the folder of a checkpoint or run, or a plan as JSON.",
             show_default=False,
         ),
     ],
@@ -19,7 +19,7 @@ def inspect(
         typer.Option(help="Hold an ONNX file against the rules of a runtime: tensorrt.", show_default=False),
     ] = None,
 ) -> None:
-    """Say what a file holds: its layers and their formats, how their codes are used, and what stays float and why.
+    """Say what a file holds: its layers and their formats, how their codes are used, what runs in float and why.
 
     With --lint, say instead what a runtime would refuse, ignore or be slow with; an error among it is exit code 1.
 
@@ -41,6 +41,4 @@ def inspect(
     found = contents_of(file)
     output.print(*found.facts, sep="\n", markup=False, highlight=False, soft_wrap=True)
     output.print()
-    output.print(*found.plan.tables())
-    if found.weights:
-        output.print(found.weights_table())
+    output.print(*found.tables)

@@ -6,6 +6,7 @@ insides, so that a call belongs to exactly one module. Nothing is traced: data-d
 """
 
 import copyreg
+import logging
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, wraps
@@ -21,6 +22,8 @@ from isogrid.layers import activations, elementwise, matmul
 from isogrid.layers.clamp import CLAMPS, CLAMPS_IN_PLACE
 from isogrid.layers.decompositions import DECOMPOSITIONS
 from isogrid.layers.lent import FUNCTIONS, Product, product_of
+
+logger = logging.getLogger(__name__)
 
 OPERATION_KINDS: dict[Callable[..., Any], str] = {
     **elementwise.NAMES,
@@ -84,13 +87,23 @@ class OperationScope(nn.Module):
         sites: the modules to call, by site name.
         skipped: sites whose work another layer has taken over; they return their input.
         products: the names of the children that compute products by the module's own parameters.
+        floats: sites that stay float by the plan.
+
+    Attributes:
+        unplanned: sites that were called and that the plan does not know; they run in float.
     """
 
     def __init__(
-        self, sites: dict[str, nn.Module], skipped: Iterable[str] = (), products: Mapping[Product, str] | None = None
+        self,
+        sites: dict[str, nn.Module],
+        skipped: Iterable[str] = (),
+        products: Mapping[Product, str] | None = None,
+        floats: Iterable[str] = (),
     ):
         super().__init__()
         self.products = dict(products or {})
+        self.floats = frozenset(floats)
+        self.unplanned: set[str] = set()
         self.sites = nn.ModuleDict(sites)
         self.skipped = frozenset(skipped)
 
@@ -127,12 +140,19 @@ class _Calls(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             return func(*args, **kwargs) if kind is None else self._call(kind, func, args, kwargs)
 
+    @property
+    def _type(self) -> str:
+        return type(self.module).__name__
+
     def _call(self, kind: str, func: Any, args: Any, kwargs: Any) -> Any:
         name = self.prefix + site_name(kind, self.counts)
         args, kwargs = tensors_first(kind, args, kwargs)
         if name in self.scope.skipped:
             return args[0]
         if name not in self.scope.sites:
+            if name not in self.scope.floats and name not in self.scope.unplanned:
+                self.scope.unplanned.add(name)
+                logger.warning("%s calls %r, which the plan does not know: it runs in float.", self._type, name)
             return func(*args, **kwargs)
         site: Any = self.scope.sites[name]
         if not writes_input(func, kwargs):
@@ -184,6 +204,12 @@ def tensors_first(kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     names = OPERANDS.get(kind, ("input",))[len(args) :]
     rest = dict(kwargs)
     return (*args, *(rest.pop(name) for name in names if name in rest)), rest
+
+
+def unplanned(module: nn.Module) -> frozenset[str]:
+    """The sites that a module's forward has called and that its plan does not know."""
+    scope = getattr(module, _SCOPE, None)
+    return frozenset() if scope is None else frozenset(scope.unplanned)
 
 
 def operands_of(name: str, args: Sequence[Any]) -> list[Any]:

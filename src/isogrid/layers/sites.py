@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isogrid.errors import CaptureError
 from isogrid.layers import arithmetic
 from isogrid.layers.clamp import Clamp
 from isogrid.layers.integer import IntegerAveragePool, IntegerConcat, StaticGrid
@@ -54,6 +55,12 @@ class QuantizedSite(nn.Module):
 
     def operands(self, inputs: Sequence[Tensor]) -> list[Operand | None]:
         """How each input is quantised now, after observers have seen those that nobody else quantises."""
+        if len(inputs) != len(self.inputs_on_grid):
+            raise CaptureError(
+                f"A {type(self).__name__} was planned with {len(self.inputs_on_grid)} tensors and is called with "
+                f"{len(inputs)}: the forward around it does something else than on the example inputs. Plan with "
+                "inputs that take this path, or keep the operation in float by a rule."
+            )
         found: list[Operand | None] = []
         for x, quantizer, fed in zip(inputs, self.input_quantizers, self.inputs_on_grid, strict=True):
             if quantizer is None:

@@ -191,7 +191,8 @@ class _Builder:
             self._configure(layer)
         for path, skipped in self.plan.scopes.items():
             products = {lent.product: lent.name for lent in self.plan.lent if lent.scope == path}
-            open_scope(self._module(path), OperationScope(sites.get(path, {}), skipped, products))
+            floats = [name.rpartition(".")[2] for name, _ in self.plan.floats if name.rpartition(".")[0] == path]
+            open_scope(self._module(path), OperationScope(sites.get(path, {}), skipped, products, floats))
 
     @staticmethod
     def _replace(

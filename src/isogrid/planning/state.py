@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from isogrid.errors import PlanError
 from isogrid.layers.batch_norm import AbsorbedBatchNorm
+from isogrid.layers.scope import unplanned as calls_unplanned
 from isogrid.planning.plan import Plan
 from isogrid.quantizers import Quantizer
 
@@ -51,6 +52,19 @@ def steps_done(model: nn.Module) -> Tensor:
     """How many optimizer steps the schedule of a prepared model has seen: int64 [1], the buffer itself."""
     prepared_state(model)
     return model.get_buffer(STEP_NAME)
+
+
+def unplanned(model: nn.Module) -> tuple[str, ...]:
+    """The operations that a prepared model has run so far and that its plan does not know; they run in float.
+
+    So it is with a branch of a forward that the example inputs did not take. Each is also logged once, as a warning.
+
+    Raises:
+        PlanError: the model is not prepared.
+    """
+    prepared_state(model)
+    modules = model.named_modules()
+    return tuple(f"{path}.{name}".lstrip(".") for path, module in modules for name in sorted(calls_unplanned(module)))
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:

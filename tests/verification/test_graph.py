@@ -20,8 +20,8 @@ class Net(nn.Module):
         self.a, self.kept = nn.Linear(16, 16), nn.Linear(16, 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.a(x)
-        return self.kept(y + x) @ x.T
+        y = self.a(x) + x
+        return self.kept(y) @ y.T
 
 
 WORK = [Work("a", "a", 512), Work("kept", "kept", 512), Work(None, "", 64)]

@@ -27,6 +27,7 @@ POOLINGS = {"AveragePool", "MaxPool"}
 PASSED = {"Clip", "Flatten", "MaxPool", "Relu", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 MODULE_PATH = "pkg.torch.onnx.name_scopes"
 ORIGIN = "pkg.torch.onnx.fx_node"
+OUR_PRODUCT = "isogrid.static_matmul"
 
 
 Pass = Callable[[ir.Model], None]
@@ -211,7 +212,8 @@ def keep_float(model: ir.Model) -> None:
     for node in list(graph):
         y = node.outputs[0]
         is_product = node.op_type == "MatMul" and all(_is_dequantized(value) for value in node.inputs)
-        is_ours = is_product and _same_origin(node, producer_of(input_of(node, 0)))
+        # Where several read a value, its DequantizeLinear is that of the first: it does not tell whose the product is.
+        is_ours = is_product and OUR_PRODUCT in node.metadata_props.get(ORIGIN, "")
         if node.op_type in REPLACED or is_ours:
             if any(not _same_origin(node, other) for other in _rewritten_with(y)):
                 _shield(y, graph)

@@ -112,7 +112,7 @@ class OnnxRuntimeModel:
         return tuple(_operator(node, _layer_name(node)) for node in nodes if _multiplies(node))
 
     def producers(self) -> Mapping[str, RuntimeOperator]:
-        """For each quantised tensor, the operator that makes its codes: QuantizeLinear where nothing was fused."""
+        """For each quantised tensor, the operator that makes its codes; where nothing was fused, that of the floats."""
         _, codes, _, graph = self._observing
         makers = {name: node for node in graph.graph.node for name in node.output}
         found = {}
@@ -120,6 +120,8 @@ class OnnxRuntimeModel:
             node = makers.get(name)
             while node is not None and node.op_type in MOVING_OPERATORS and node.input[0] in makers:
                 node = makers[node.input[0]]
+            if node is not None and node.op_type == "QuantizeLinear":
+                node = makers.get(node.input[0], node)
             if node is not None:
                 found[name] = _operator(node, name)
         return found

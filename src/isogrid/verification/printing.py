@@ -41,7 +41,7 @@ def report_table(report: "VerificationReport") -> Table:
             _add(table, name, f"{compared:,}", f"{differing:,}", demanded, all(c.holds for c in checks))
     for name, arithmetic in (("integer", "integer"), ("float", "float")):
         checks = [c for c in report.graph if c.planned == arithmetic]
-        if checks:
+        if any(check.macs or not check.holds for check in checks):
             macs, astray = (sum(c.macs for c in some) for some in (checks, [c for c in checks if not c.holds]))
             _add(table, f"multiplications planned in {name}", f"{macs:,}", f"{astray:,}", "0", _all_hold(checks))
     end = report.end_to_end

@@ -71,7 +71,11 @@ class IntegerModule(nn.Module):
         return ops.dequantize(self._watched(name, codes), *self.grid(name))  # type: ignore[no-any-return]
 
     def _watched(self, name: str, codes: Tensor) -> Tensor:
-        return codes if self.watch is None else self.watch(name, codes)
+        if self.watch is None:
+            return codes
+        # What whoever looks computes is none of the model's operations, which scopes around count.
+        with torch._C.DisableTorchFunction():
+            return self.watch(name, codes)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name} codes {low}..{high}" for name, (low, high) in self.limits.items())

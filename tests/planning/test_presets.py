@@ -38,6 +38,11 @@ def test_formats_are_those_of_torch_ao(name: str) -> None:
 def test_a_scheme_brings_its_target_unless_another_is_named() -> None:
     assert all(scheme.target in TARGETS for scheme in SCHEMES.values())
     model, x = nn.Sequential(nn.Linear(4, 4)), torch.zeros(1, 4)
+    for scheme in SCHEMES.values():
+        if scheme.arithmetic == "static":
+            layers = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+            plan = ig.plan(layers, scheme=scheme.name, example_inputs=(torch.zeros(1, 32),))
+            assert plan.target == scheme.target and plan.layers
     assert ig.plan(model, scheme="x86", example_inputs=(x,)).target == "onnxruntime"
     nowhere = ig.planning.Scheme("mine", "int8/channel", "uint8/tensor", "static", "", target="nowhere")
     with pytest.raises(TargetError, match="nowhere"):

@@ -128,6 +128,17 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("onednn", "int8/channel", "uint8/tensor", "static", "8-bit weights and activations; the same as w8a8"),
         Scheme("qnnpack", "int8/tensor", "uint8/tensor", "static", "8 bits, one scale for a whole weight"),
         Scheme(
+            "xnnpack",
+            "int8/channel:narrow",
+            "int8/tensor:asymmetric",
+            "static",
+            "8 bits as ExecuTorch's XNNPACKQuantizer has them",
+            target="executorch",
+        ),
+        Scheme(
+            "tensorrt", "int8/channel", "int8/tensor", "static", "8 bits without zero points", target="tensorrt"
+        ),
+        Scheme(
             "finn",
             "int4/channel:scale=e8m0",
             "int4/tensor:scale=e8m0",

@@ -112,18 +112,22 @@ def optimized_graph(path: str | Path, options: Mapping[str, str]) -> onnx.ModelP
         return onnx.load(session_options.optimized_model_filepath)
 
 
+CODE_TYPES = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
+
+
 def quantized_tensors(model: onnx.ModelProto) -> list[str]:
     """Names of the tensors of codes; weights are stored as codes and not among them.
 
     They are what QuantizeLinear makes, clipped if it is, and what is looked up in tables, as the Reshape leaves it.
     """
+    tables = {tensor.name for tensor in model.graph.initializer if tensor.data_type in CODE_TYPES}
     consumers: dict[str, list[onnx.NodeProto]] = {}
     quantized: list[str] = []
     looked_up: set[str] = set()
     for node in model.graph.node:
         if node.op_type == "QuantizeLinear":
             quantized.append(node.output[0])
-        elif node.op_type == LOOK_UP:
+        elif node.op_type == LOOK_UP and node.input[0] in tables:
             looked_up.add(node.output[0])
         elif looked_up.intersection(node.input):
             quantized.append(node.output[0])

@@ -7,10 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import torch
-from onnx import numpy_helper
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -25,6 +22,7 @@ from isogrid.recipes.folders import RunFolder
 from isogrid.report import words
 from isogrid.targets import Artifact, read_artifact, target_from_name
 from isogrid.targets.artifact import sidecar_path
+from isogrid.targets.onnx_weights import weight_codes
 from isogrid.training.checkpoint import MANIFEST, read_manifest
 
 ONNX_BEGINS = b"\x08"
@@ -145,7 +143,8 @@ def _of_artifact(artifact: Artifact) -> Contents:
     )
     with artifact.path.open("rb") as file:
         is_onnx = file.read(1) == ONNX_BEGINS
-    codes = dict(_codes_of_file(plan, onnx.load(artifact.path))) if is_onnx else {}
+    stored = weight_codes(onnx.load(artifact.path)) if is_onnx else {}
+    codes = {name: tensor for name, tensor in stored.items() if name in _weights_of(plan)}
     notes: tuple[str, ...] = ()
     try:
         loaded = target_from_name(artifact.target).load(artifact)
@@ -158,22 +157,3 @@ def _of_artifact(artifact: Artifact) -> Contents:
 
 def _weights_of(plan: Plan) -> set[str]:
     return {site.name for site in plan.sites if site.kind == "weight"}
-
-
-def _codes_of_file(plan: Plan, model: onnx.ModelProto) -> Iterator[tuple[str, Tensor]]:
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    packed = {node.input[1]: node for node in model.graph.node if node.op_type == "MatMulNBits"}
-    for site in plan.sites:
-        if site.name not in stored or site.kind != "weight":
-            continue
-        array = numpy_helper.to_array(stored[site.name])
-        if site.name in packed:
-            bits = next(a.i for a in packed[site.name].attribute if a.name == "bits")
-            array = _unpacked(array, bits)
-        yield site.name, torch.from_numpy(array.astype(np.float32))
-
-
-def _unpacked(array: Any, bits: int) -> Any:
-    """Codes around zero from bytes that hold several, the lowest bits first, each plus half of the range."""
-    parts = [(array >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
-    return np.stack(parts, -1).astype(np.int16) - 2 ** (bits - 1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from math import erf, exp, expm1, log1p, sqrt, tanh
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import isogrid as ig
 from isogrid.errors import PlanError
@@ -263,6 +265,20 @@ def test_tables_of_derivatives_give_the_gradients_of_all_values(
         for ours, all_values in zip(other[1:], found[0][1:], strict=True):
             # Sums and products in another order.
             torch.testing.assert_close(ours, all_values, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_the_same_where_activations_are_made_again() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 5)
+    model = prepared(nn.Sequential(nn.Linear(5, 6), nn.PReLU(), nn.GELU(), nn.Linear(6, 2)), (x,)).train()
+    found = []
+    for run in (model, partial(checkpoint, model, use_reentrant=False)):
+        model.zero_grad()
+        run(x).sum().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert len(found[0]) > 8
+    for plain, again in zip(*found, strict=True):
+        assert_equal(again, plain)
 
 
 def test_random_slopes_are_drawn_in_training_and_rounded() -> None:

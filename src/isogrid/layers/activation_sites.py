@@ -56,10 +56,12 @@ class QuantizedActivation(QuantizedSite):
         x_grid = stored_grid(operand)
         learns = torch.is_grad_enabled()
         inputs = table_of_inputs(call, *x_grid).requires_grad_(learns)
-        y = call.on_table(inputs)
-        y = y if self.clamp is None else self.clamp(y)
-        values = self.exact(y, output, partial(self._table, call, *x_grid), tuple(x.shape))
-        slopes = torch.autograd.grad(values.sum(), inputs, retain_graph=True)[0] if learns else inputs
+        # Activation checkpointing saves nothing of its own until backward, but these derivatives are wanted now.
+        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            y = call.on_table(inputs)
+            y = y if self.clamp is None else self.clamp(y)
+            values = self.exact(y, output, partial(self._table, call, *x_grid), tuple(x.shape))
+            slopes = torch.autograd.grad(values.sum(), inputs, retain_graph=True)[0] if learns else inputs
         return _look_up(x, values, slopes, (*x_grid, grid.low, grid.high))
 
     def _table(self, *arguments: Any) -> Tensor:
@@ -104,6 +106,10 @@ class _LookUp(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 sums.scatter_add_(0, index.to(torch.int64), passing.reshape(-1).to(torch.float64))
         return x_gradient, sums.to(torch.float32).reshape(slopes.shape), None, None
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _pieces(table: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -151,6 +151,20 @@ class Head(nn.Module):
         return F.linear(torch.cat(found, 2).mT, weight=self.last) + F.linear(x[:, :2, 0, 0], self.last * 2)[:, None]
 
 
+def test_the_nearest_is_taken_of_codes(tmp_path: Path) -> None:
+    """Bilinear interpolation beside it stays float, and has its row though both are called interpolate."""
+    torch.manual_seed(0)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        wide = F.interpolate(m.a(x), scale_factor=2), F.interpolate(m.b(x), size=(12, 12), mode="bilinear")
+        return m.head(torch.cat(wide, 1))
+
+    layers = {"a": nn.Conv2d(3, 4, 1), "b": nn.Conv2d(3, 4, 1), "head": nn.Conv2d(8, 2, 1)}
+    trained, operators = proven(Lambda(forward, **layers), (torch.randn(2, 3, 6, 6),), tmp_path)
+    assert [name for name, _ in trained.isogrid.plan.floats] == ["interpolate"]
+    assert operators["Resize"] == 2 and operators["Min"] == 1 and operators["QuantizeLinear"] == 2
+
+
 def test_functions_of_parameters(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Head(), torch.randn(2, 3, 8, 8)

@@ -332,8 +332,9 @@ class Placement:
     def _float_rows(self, quantized: set[str]) -> tuple[tuple[str, str], ...]:
         rows: dict[str, str] = {}
         for name, calls in self.graph.by_name.items():
-            call = calls[0]
-            if name not in quantized and call.kind not in ("pass", "dropout"):
+            # A function may move values in one call and compute in another, as interpolate does.
+            call = next((call for call in calls if call.kind not in ("pass", "dropout")), None)
+            if name not in quantized and call is not None:
                 reason = self.floats.get(name) or call.reason or self._why_left(call)
                 if reason:
                     rows[name] = reason

@@ -214,13 +214,19 @@ def keep_float(model: ir.Model) -> None:
         is_product = node.op_type == "MatMul" and all(_is_dequantized(value) for value in node.inputs)
         # Where several read a value, its DequantizeLinear is that of the first: it does not tell whose the product is.
         is_ours = is_product and OUR_PRODUCT in node.metadata_props.get(ORIGIN, "")
-        if node.op_type in REPLACED or is_ours:
+        if (node.op_type in REPLACED and not _takes_the_nearest(node)) or is_ours:
             if any(not _same_origin(node, other) for other in _rewritten_with(y)):
                 _shield(y, graph)
         elif is_product:
             _shield(input_of(node, 0), graph)
         elif node.op_type == "Pad" and any(reader.op_type in POOLINGS for reader in y.consumers()):
             _shield(y, graph)
+
+
+def _takes_the_nearest(node: ir.Node) -> bool:
+    """Whether a node only repeats or drops values, which are the same as codes."""
+    mode = node.attributes.get("mode")
+    return node.op_type == "Resize" and (mode is None or mode.as_string() == "nearest")
 
 
 def _same_origin(a: ir.Node, b: ir.Node) -> bool:

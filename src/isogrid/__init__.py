@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         reestimate_batch_norm,
         restore,
         save,
+        to_torchao,
         unplanned,
         verify,
     )
@@ -56,6 +57,7 @@ __all__ = [
     "reestimate_batch_norm",
     "restore",
     "save",
+    "to_torchao",
     "unplanned",
     "verify",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from isogrid.errors import PlanError
+from isogrid.errors import MissingExtraError, PlanError
 from isogrid.formats import Format, named_format
 from isogrid.planning import Plan, Rule, Scheme, scheme_from_name
 from isogrid.planning import convert as convert
@@ -127,6 +127,27 @@ def verify(
     return verify_artifact(model, artifact, batches, metric)
 
 
+def to_torchao(model: nn.Module) -> nn.Module:
+    """A prepared weight-only model with torchao's tensors as weights, for eager use and for torchao's own tools.
+
+    It computes what `convert(model)` does, bit for bit: the codes and scales are those that were trained. Every Linear
+    is a torch.nn.Linear again, whose weight is an `IntxUnpackedToInt8Tensor`.
+
+    Raises:
+        PlanError, NotCalibratedError, NonFiniteError: see `convert`.
+        TargetError: layers were trained on integer activations, which torchao rounds by another rule.
+        MissingExtraError: torchao is not installed.
+    """
+    try:
+        from isogrid.targets.torchao import with_torchao_weights
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"isogrid.to_torchao needs the package {error.name}, which is not installed. "
+            "Install it with: pip install 'isogrid[torchao]'"
+        ) from error
+    return with_torchao_weights(convert(model))
+
+
 __all__ = [
     "Artifact",
     "Phase",
@@ -145,6 +166,7 @@ __all__ = [
     "reestimate_batch_norm",
     "restore",
     "save",
+    "to_torchao",
     "unplanned",
     "verify",
 ]

@@ -110,6 +110,16 @@ def pack_matmul_nbits(codes: Tensor, bits: int, block: int) -> Tensor:
     return _in_blocks(_pack(codes.to(torch.int16) + offset, bits), block * bits // 8)
 
 
+def unpack_matmul_nbits(packed: Tensor, bits: int) -> Tensor:
+    """Codes of a symmetric grid that `pack_matmul_nbits` has packed, int8 [N, K].
+
+    >>> codes = torch.tensor([[-8, 7] * 8], dtype=torch.int8)
+    >>> torch.equal(unpack_matmul_nbits(pack_matmul_nbits(codes, bits=4, block=16), bits=4), codes)
+    True
+    """
+    return (_unpack(packed, bits).flatten(1).to(torch.int16) - (1 << bits - 1)).to(torch.int8)
+
+
 def pack_zero_points(zero_points: Tensor, bits: int) -> Tensor:
     """Zero points [N, K / block] of uint8 codes, packed row by row: uint8 [N, ceil(K / block * bits / 8)]."""
     per_byte = 8 // bits

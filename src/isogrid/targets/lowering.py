@@ -1,11 +1,14 @@
 """From a converted model to the file of a runtime that takes `torch.export` programs, in the runtime's own process."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from isogrid.files import write_whole
 from isogrid.planning.plan import Plan
 from isogrid.targets.artifact import Artifact, write_artifact
 from isogrid.targets.decomposed import decompose
@@ -31,15 +34,35 @@ def lower(integer_model: nn.Module, plan: Plan, path: Path, runtime: str, stored
         "layers": parts.layers,
         "grids": [(grid.scale, grid.zero_point) for grid in parts.grids],
     }
-    worker = Worker(runtime)
-    try:
-        programs = {name: str(worker.folder / f"{name}.pt2") for name in ("forward", "observe")}
-        torch.export.save(parts.program, programs["forward"])
-        torch.export.save(parts.observing, programs["observe"])
-        lowered = worker.folder / f"lowered{path.suffix}"
-        versions = worker.call("lower", programs=programs, note=json.dumps(note), path=str(lowered)).value
-        content = lowered.read_bytes()
-    finally:
-        worker.close()
+    programs = {"forward": parts.program, "observe": parts.observing}
+    content, versions = _lowered(runtime, programs, json.dumps(note), path.suffix, quantized=True)
     artifact = Artifact(path, runtime, {}, plan, versions, sha256="")
     return write_artifact(artifact, lambda temporary: temporary.write_bytes(content))
+
+
+def lower_float(model: nn.Module, example_inputs: tuple[Any, ...], path: Path, runtime: str) -> Path:
+    """Write a float model for a runtime, to hold latency and size against it.
+
+    Its worker measures it: `load` it by its path, then `measure` the method `forward`.
+    """
+    with torch.no_grad():
+        program = torch.export.export(model.eval(), example_inputs)
+    content, _ = _lowered(runtime, {"forward": program}, "", path.suffix, quantized=False)
+    write_whole(path, lambda temporary: temporary.write_bytes(content))
+    return path
+
+
+def _lowered(
+    runtime: str, programs: Mapping[str, torch.export.ExportedProgram], note: str, suffix: str, quantized: bool
+) -> tuple[bytes, dict[str, str]]:
+    """What a worker makes of programs, and the versions it made it with."""
+    worker = Worker(runtime)
+    try:
+        files = {name: str(worker.folder / f"{name}.pt2") for name in programs}
+        for name, program in programs.items():
+            torch.export.save(program, files[name])
+        lowered = worker.folder / f"lowered{suffix}"
+        answer = worker.call("lower", programs=files, note=note, path=str(lowered), quantized=quantized)
+        return lowered.read_bytes(), answer.value
+    finally:
+        worker.close()

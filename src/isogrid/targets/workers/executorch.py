@@ -30,15 +30,18 @@ MOVING = ("XNNStaticTranspose", "XNNStaticReshape")
 XVALUES, QUANTIZED_VALUE, PER_TENSOR = 2, 2, 2
 
 
-def lower(tensors: Tensors, programs: dict[str, str], note: str, path: str) -> tuple[Any, Tensors]:
-    """Write a .pte file with one method for each torch.export program, given by their files, and a note."""
+def lower(tensors: Tensors, programs: dict[str, str], note: str, path: str, quantized: bool) -> tuple[Any, Tensors]:
+    """Write a .pte file with one method for each torch.export program, given by their files, and a note.
+
+    What is quantised in a program, XNNPACK's partitioner finds by itself.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = {name: torch.export.load(file) for name, file in programs.items()}
         edge = to_edge_transform_and_lower(
             exported,
             partitioner={name: [XnnpackPartitioner()] for name in exported},
-            constant_methods={NOTE: torch.tensor(list(note.encode()), dtype=torch.uint8)},
+            constant_methods={NOTE: torch.tensor(list(note.encode()), dtype=torch.uint8)} if note else None,
         )
         Path(path).write_bytes(edge.to_executorch().buffer)
     versions = {package: importlib.metadata.version(package) for package in ("executorch", "torch")}

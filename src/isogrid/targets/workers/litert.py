@@ -33,11 +33,10 @@ TYPES = {
 MOVING = ("TRANSPOSE", "RESHAPE")
 
 
-def lower(tensors: Tensors, programs: dict[str, str], note: str, path: str) -> tuple[Any, Tensors]:
+def lower(tensors: Tensors, programs: dict[str, str], note: str, path: str, quantized: bool) -> tuple[Any, Tensors]:
     """Write a .tflite file with one signature for each torch.export program, given by their files, and a note."""
-    quantized = QuantConfig(
-        pt2e_quantizer=PT2EQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
-    )
+    quantizer = PT2EQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    config = QuantConfig(pt2e_quantizer=quantizer) if quantized else None
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -45,7 +44,15 @@ def lower(tensors: Tensors, programs: dict[str, str], note: str, path: str) -> t
         for name, file in programs.items():
             program = torch.export.load(file)
             converter.signature(name, program.module(check_guards=False), program.example_inputs[0])
-        converter.convert(quant_config=quantized, strict_export=False).export(path)
+        converter.convert(quant_config=config, strict_export=False).export(path)
+    if note:
+        _write_note(path, note)
+    packages = ("ai-edge-litert", "litert-torch", "torch")
+    return {package: importlib.metadata.version(package) for package in packages}, {}
+
+
+def _write_note(path: str, note: str) -> None:
+    """Add a note to a file's metadata."""
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(Path(path).read_bytes()))
     buffer, entry = schema.BufferT(), schema.MetadataT()
     buffer.data = numpy.frombuffer(note.encode(), dtype=numpy.uint8)
@@ -55,8 +62,6 @@ def lower(tensors: Tensors, programs: dict[str, str], note: str, path: str) -> t
     builder = flatbuffers.Builder(1024)
     builder.Finish(model.Pack(builder), IDENTIFIER)
     Path(path).write_bytes(bytes(builder.Output()))
-    packages = ("ai-edge-litert", "litert-torch", "torch")
-    return {package: importlib.metadata.version(package) for package in packages}, {}
 
 
 def load(tensors: Tensors, path: str, threads: int) -> tuple[Any, Tensors]:

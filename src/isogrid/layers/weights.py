@@ -20,9 +20,9 @@ def weight_of(module: nn.Module) -> Tensor:
     """A layer's weight with the output channels first, differentiable with respect to what it is computed from.
 
     Computed are weights that are parametrised (`torch.nn.utils.parametrizations`), normed by a hook, pruned, or made by
-    the forward of a class that extends a layer. The
-    weight of a transposed convolution, [in, out / groups, *kernel] in PyTorch, becomes [out, in / groups, *kernel].
-    A batch norm is a convolution of each channel by 1, [channels, 1, *1], before its factor.
+    the forward of a class that extends a layer. The weight of a transposed convolution, [in, out / groups, *kernel] in
+    PyTorch, becomes [out, in / groups, *kernel]. A batch norm is a convolution of each channel by 1, [channels, 1, *1],
+    before its factor.
 
     >>> weight_of(nn.ConvTranspose2d(4, 6, 3, groups=2)).shape
     torch.Size([6, 2, 3, 3])

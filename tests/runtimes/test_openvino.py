@@ -24,7 +24,9 @@ def test_no_code_differs_by_powers_of_two(tmp_path: Path) -> None:
     assert report.end_to_end.logits_equal
     assert {check.arithmetic for check in report.graph} == {"integer"}
     with torch.no_grad():
-        assert torch.equal(ig.load(artifact.path)(INPUTS)[0], model(INPUTS))
+        loaded = ig.load(artifact.path)
+        assert torch.equal(loaded(INPUTS)[0], model(INPUTS))
+        assert torch.equal(loaded.observe(INPUTS).outputs[0], model(INPUTS))
 
 
 def test_other_scales_hold_their_bound(tmp_path: Path) -> None:

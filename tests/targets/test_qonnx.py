@@ -67,6 +67,15 @@ def test_the_plan_says_which_runtime_finn_is_for() -> None:
     assert formats["mean.output"] == "int4/tensor:scale=e8m0"
 
 
+def test_a_model_that_ends_in_a_quantised_layer_has_an_output_with_a_shape(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    x = torch.randn(1, 3, 6, 6)
+    ig.prepare(model, ig.plan(model, scheme="finn", example_inputs=(x,)))
+    ig.calibrate(model, [x])
+    (output,) = onnx.load(ig.export(model, tmp_path / "model.onnx").path).graph.output
+    assert [dimension.dim_value for dimension in output.type.tensor_type.shape.dim] == [1, 4, 4, 4]
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [

@@ -61,6 +61,7 @@ def _quantize(graph: ir.Graph, quantize: ir.Node) -> None:
     codes.name = None
     y = _quant(graph, quantize, [x, scale], zero, bits, signed, narrow, name)
     for dequantize in readers:
+        y.shape, y.type = dequantize.outputs[0].shape, dequantize.outputs[0].type
         ir.convenience.replace_all_uses_with(dequantize.outputs[0], y, replace_graph_outputs=True)
         graph.remove(dequantize, safe=True)
     if clip is not None:

@@ -47,3 +47,24 @@ def test_rows_of_an_embedding() -> None:
 def test_which_operand_grows() -> None:
     a, b = torch.zeros(2, 3), torch.zeros(2, 1)
     assert [is_broadcast(b, a), is_broadcast(a, b), is_broadcast(a, a)] == [True, False, False]
+
+
+def test_what_a_layer_computes_inside_is_counted_by_no_scope() -> None:
+    """An embedding multiplies codes and scales: the model's own product is still the first."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.a, self.b = nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            x = self.a(self.table(tokens))
+            return self.b(x * x)
+
+    torch.manual_seed(0)
+    tokens = torch.tensor([[0, 3, 2]])
+    model = prepared(Scaled(), (tokens,))
+    integer = ig.convert(model)
+    assert [operation.site for operation in model.isogrid.plan.operations] == ["mul"]
+    assert_equal(integer(tokens), model.eval()(tokens).detach())
+    assert not integer._isogrid_scope.unplanned

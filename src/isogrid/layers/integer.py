@@ -6,6 +6,7 @@ which changes nothing and lets any float operation stand between them.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,12 @@ class StaticGrid(NamedTuple):
             return self
         low, high = clamp.limits(self.scale, self.zero_point.to(torch.float32), self.low, self.high)
         return self._replace(low=int(low), high=int(high))
+
+
+def uncounted() -> AbstractContextManager[None]:
+    """While open, functions are none of the model's operations, which scopes around would count."""
+    disabled: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return disabled
 
 
 class IntegerModule(nn.Module):
@@ -73,8 +80,7 @@ class IntegerModule(nn.Module):
     def _watched(self, name: str, codes: Tensor) -> Tensor:
         if self.watch is None:
             return codes
-        # What whoever looks computes is none of the model's operations, which scopes around count.
-        with torch._C.DisableTorchFunction():
+        with uncounted():
             return self.watch(name, codes)
 
     def extra_repr(self) -> str:
@@ -129,7 +135,8 @@ class IntegerLayer(WeightOfCodes, IntegerModule):
 
     @property
     def weight(self) -> Tensor:
-        return self.codes.to(torch.float32) * self.weight_scale.reshape(-1, *[1] * (self.codes.dim() - 1))
+        with uncounted():
+            return self.codes.to(torch.float32) * self.weight_scale.reshape(-1, *[1] * (self.codes.dim() - 1))
 
     @property
     def has_output_grid(self) -> bool:
@@ -155,7 +162,9 @@ class IntegerFloatClampLinear(IntegerLinear):
         self.clamp = clamp
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).clamp(self.clamp.low, self.clamp.high)
+        y = super().forward(input)
+        with uncounted():
+            return y.clamp(self.clamp.low, self.clamp.high)
 
 
 class IntegerConvolution(IntegerLayer):
@@ -284,5 +293,6 @@ class IntegerEmbedding(WeightOfCodes):
 
 
 def _of_groups(codes: Tensor, scale: Tensor) -> Tensor:
-    groups = codes.reshape(*scale.shape, -1).to(torch.float32)
-    return (groups * scale.unsqueeze(-1)).flatten(-2)
+    with uncounted():
+        groups = codes.reshape(*scale.shape, -1).to(torch.float32)
+        return (groups * scale.unsqueeze(-1)).flatten(-2)

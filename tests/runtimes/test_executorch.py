@@ -1,8 +1,15 @@
 """ExecuTorch's XNNPACK computes, bit for bit, what `isogrid.convert` says."""
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 import isogrid as ig
+from isogrid.layers.elementwise import IntegerAdd
+from isogrid.layers.integer import IntegerAveragePool, StaticGrid
+from isogrid.targets.decomposed import decompose
+from isogrid.targets.subprocesses import Worker
 from tests.models import make, train
 
 pytestmark = pytest.mark.runtime("executorch")
@@ -24,3 +31,47 @@ def test_no_code_differs(name, tmp_path):
     report = ig.verify(model, artifact, [inputs, shorter, longer])
     assert report, str(report)
     assert report.sites and all(site.differing == 0 and site.exact for site in report.sites)
+
+
+class EveryPair(nn.Module):
+    """Sums, products and means on grids of their own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.sums = nn.ModuleList(IntegerAdd([grid(1.0), grid(1.0)], grid(2.0), "xnnpack") for _ in range(2))
+        self.sums.extend(IntegerAdd([grid(), grid()], grid(), "xnnpack") for _ in range(6))
+        self.means = nn.ModuleList(IntegerAveragePool([grid(1.0)], grid(2.0**-k), "xnnpack") for k in range(4))
+
+    def forward(self, *inputs):
+        pairs = zip(self.sums, inputs[::2], inputs[1::2], strict=False)
+        sums = [site(torch.add, a, b) for site, a, b in pairs]
+        rest = inputs[2 * len(self.sums) :]
+        return (*sums, *(site(F.adaptive_avg_pool2d, x, 1) for site, x in zip(self.means, rest, strict=True)))
+
+
+def grid(scale=None):
+    """A grid; scales that are given make ties."""
+    scale = torch.tensor([scale]) if scale else torch.exp(torch.empty(1).uniform_(-2, 1))
+    return StaticGrid(scale, torch.randint(-128, 128, (1,), dtype=torch.int8), -128, 127)
+
+
+def test_every_pair_of_codes_is_added_alike_and_means_round_alike(tmp_path):
+    module = EveryPair()
+    codes = torch.arange(-128, 128, dtype=torch.int8)
+    pair = codes.repeat_interleave(256).reshape(1, 1, 256, 256), codes.repeat(256).reshape(1, 1, 256, 256)
+    inputs = []
+    for site in module.sums:
+        inputs += [torch.ops.isogrid.dequantize(x, *site.grid(n)) for x, n in zip(pair, site.names, strict=True)]
+    images = torch.randint(-128, 128, (32, 16, 4, 4), dtype=torch.int8)
+    inputs += [torch.ops.isogrid.dequantize(images, *site.grid("input")) for site in module.means]
+    torch.export.save(decompose(module, tuple(inputs)).program, tmp_path / "forward.pt2")
+    worker = Worker("executorch")
+    programs, path = {"forward": str(tmp_path / "forward.pt2")}, str(tmp_path / "model.pte")
+    worker.call("lower", programs=programs, note="", path=path, quantized=True)
+    worker.call("load", path=path, threads=1)
+    answer = worker.call("run", {str(number): x for number, x in enumerate(inputs)}, method="forward")
+    expected = module(*inputs)
+    assert answer.value == len(expected)
+    for number, values in enumerate(expected):
+        assert torch.equal(answer.tensors[str(number)], values), number

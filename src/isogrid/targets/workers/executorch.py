@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import tempfile
 import time
 import warnings
@@ -242,4 +243,6 @@ def _json_of(data: bytes) -> Any:
         schema.write_bytes(_get_schema_bytes())
         binary.write_bytes(data)
         _flatc_decompile(folder, str(schema), str(binary), ["--raw-binary"])
-        return json.loads(Path(folder, "graph.json").read_text(encoding="utf-8"))
+        text = Path(folder, "graph.json").read_text(encoding="utf-8")
+        # flatc writes the bounds of a ReLU as inf, which JSON does not have and Python reads as Infinity.
+        return json.loads(re.sub(r"(:\s*)\+?(-?)inf\b", r"\1\2Infinity", text))

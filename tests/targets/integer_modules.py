@@ -185,6 +185,19 @@ class FloatBetween(nn.Module):
         return torch.cat([head(y) for head, y in zip(self.heads, operations, strict=True)], 1)
 
 
+class ReturnedAndRead(nn.Module):
+    """A float value that leaves the model and that a quantised layer reads, in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = Linear((16, 16), (0.02, 128), None, (-128, 127))
+        self.b = Linear((16, 16), (0.015, 100), None, (-128, 127))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.a(x).abs()
+        return y, self.b(y.transpose(1, 2))
+
+
 def recorded_codes(module: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The module's output, and the codes that each of its operators gives, in order."""
     seen: list[Tensor] = []

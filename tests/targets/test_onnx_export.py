@@ -20,7 +20,7 @@ from isogrid.targets.onnx_runtime_session import (
     operator_counts,
     optimized_graph,
 )
-from tests.targets.integer_modules import FloatBetween, Residual, Various, recorded_codes
+from tests.targets.integer_modules import FloatBetween, Residual, ReturnedAndRead, Various, recorded_codes
 from tests.targets.observing import observed
 
 WEIGHT_TYPES = {(-128, 127): "INT8", (-8, 7): "INT4", (-1, 1): "INT2"}
@@ -85,6 +85,15 @@ def test_what_is_float_between_quantised_tensors_stays_float(tmp_path: Path) -> 
     exact = torch.ones(32, dtype=torch.bool)
     exact[8:12] = exact[16:20] = False
     assert np.array_equal(theirs[:, exact], module(x)[:, exact].numpy())
+
+
+def test_a_value_that_leaves_the_model_is_not_rounded_for_its_reader(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = ReturnedAndRead()
+    path = exported(module, torch.randn(3, 16, 16), tmp_path)
+    x = torch.randn(5, 16, 16)
+    for ours, theirs in zip(module(x), observed(path, STATIC_OPTIONS, x).outputs, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_names_and_size(tmp_path: Path) -> None:

@@ -206,7 +206,8 @@ def keep_float(model: ir.Model) -> None:
     A Min with infinity keeps ONNX Runtime from replacing it by an integer kernel, whose codes differ here and there.
     Nodes that one operator of ours was translated to belong together; a pattern across two is none of ours.
     It also keeps zeros that are padded before a pooling what they are: ONNX Runtime merges the two, and a pooling's own
-    padding is left out of a maximum.
+    padding is left out of a maximum. And it keeps a value that leaves the model as it is: ONNX Runtime would round it
+    where a QuantizeLinear reads it after a Transpose or the like.
     """
     graph = model.graph
     for node in list(graph):
@@ -219,8 +220,12 @@ def keep_float(model: ir.Model) -> None:
                 _shield(y, graph)
         elif is_product:
             _shield(input_of(node, 0), graph)
-        elif node.op_type == "Pad" and any(reader.op_type in POOLINGS for reader in y.consumers()):
+        elif _is_padding_of_pooling(node) or (y.is_graph_output() and any(_rewritten_with(y))):
             _shield(y, graph)
+
+
+def _is_padding_of_pooling(node: ir.Node) -> bool:
+    return node.op_type == "Pad" and any(reader.op_type in POOLINGS for reader in node.outputs[0].consumers())
 
 
 def _takes_the_nearest(node: ir.Node) -> bool:

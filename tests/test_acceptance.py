@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ def test_the_runtime_computes_what_was_trained(tmp_path: Path) -> None:
 def test_off_is_float(name: str) -> None:
     float_model, inputs = make(name)
     model = switch_off(prepared(copy.deepcopy(float_model), inputs))
+    # Attention is taken apart into products, which add up in another order than PyTorch's fused kernel.
+    same = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5) if name == "transformer" else assert_equal
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         # PyTorch's fused kernels round elsewhere than the layers they replace, in float too.
@@ -101,11 +104,11 @@ def test_off_is_float(name: str) -> None:
                 torch.manual_seed(1)
                 outputs.append(each.train(training)(*inputs))
                 outputs[-1].square().sum().backward()
-            assert_equal(*outputs)
+            same(*outputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     for key, parameter in float_model.named_parameters():
-        assert_equal(model.get_parameter(key).grad, parameter.grad)
+        same(model.get_parameter(key).grad, parameter.grad)
     for key, buffer in float_model.named_buffers():
         assert_equal(model.get_buffer(key), buffer)
 
@@ -142,7 +145,7 @@ def test_the_fast_path_does_not_pass_by_quantised_layers(scheme: str) -> None:
         if type(module).__name__ == "QuantizedLinear":
             module.register_forward_hook(lambda module, args, output: seen.append(module))
     evaluated(model, inputs)
-    assert len(seen) == 3
+    assert len(seen) == 4  # both layers, the head, and what attention gives out
 
 
 def test_nothing_but_isogrids_own_is_new_in_the_state_dict() -> None:
@@ -313,7 +316,8 @@ def test_every_module_with_parameters_is_in_the_plan(name: str) -> None:
     listed |= {name for name, _ in plan.floats}
     for path, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
-            assert any(path == entry or path.startswith(f"{entry}.") for entry in listed), path
+            inside = path in plan.apart and any(str(entry).startswith(f"{path}.") for entry in listed)
+            assert inside or any(path == entry or path.startswith(f"{entry}.") for entry in listed), path
     assert all(reason for _, reason in plan.floats) and all(site.reason for site in plan.sites)
     assert all(site.name in str(plan) for site in plan.sites)
 

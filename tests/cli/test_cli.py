@@ -178,7 +178,7 @@ def test_weight_only_codes_are_unpacked(tmp_path: Path) -> None:
         (["run", "digits-w4a9"], "Did you mean 'digits-w4a8'?"),
         (["run", "digits-w4a8", "--set", "training.epocs=3"], "unknown key. Did you mean 'epochs'?"),
         (["run", "digits-w4a8", "--resume", "--restart", "--set", "output=x"], "Give --resume or --restart, not both."),
-        (["plan", "digits-w4a8", "--set", "target=onnxruntme"], "Did you mean 'onnxruntime'?"),
+        (["plan", "digits-w4a8", "--set", "target=onnxruntme"], "Did you mean 'onnxruntime'"),
         (["inspect", "nowhere.onnx"], "There is no file nowhere.onnx."),
         (["inspect", "."], ". holds no checkpoint"),
         (["export", "."], ". is no folder of a run"),

@@ -31,6 +31,10 @@ CASES = {
         *(codes(2, 4, 9, 8), *GRID, KERNEL, SCALES, BIAS),
         *(ONE, ZERO, [2, 1], [1, 0], [1, 2], 2, 0, 255),
     ),
+    "static_convolution_float": (
+        *(codes(2, 4, 9, 8), *GRID, KERNEL, SCALES, BIAS),
+        *([2, 1], [1, 0], [1, 2], 2),
+    ),
     "static_add": (codes(2, 3, 4), *GRID, codes(1, 3, 1), *GRID, *Y, "onnxruntime"),
     "static_multiply": (codes(2, 3, 4), *GRID, codes(5, 1, 1, 4), *GRID, *Y, "onnxruntime"),
     "static_matmul": (codes(2, 3, 4), *GRID, codes(4, 5), *GRID, *Y),

@@ -1,5 +1,6 @@
 """Verification that cannot fail proves nothing: what is wrong is found, and named first."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +129,12 @@ def with_packed_head(model: onnx.ModelProto) -> None:
     gemm.input[1] = "down.values"
 
 
+def with_packed_head_and_no_options(model: onnx.ModelProto) -> None:
+    """The same in a file that asks ONNX Runtime for nothing."""
+    with_packed_head(model)
+    next(entry for entry in model.metadata_props if entry.key == "isogrid.session_options").value = "{}"
+
+
 @pytest.mark.parametrize(
     ("edit", "first"),
     [
@@ -156,8 +163,9 @@ def test_a_float_layer_that_runs_in_integers_is_named(tmp_path: Path) -> None:
     changed = edited(artifact, with_packed_head, tmp_path / "changed.onnx")
     report = ig.verify(model, changed, [words])
     assert [check.operator for check in report.graph if check.name == "down"] == ["MatMulNBits (level 1)"]
+    changed = edited(artifact, with_packed_head_and_no_options, tmp_path / "without_options.onnx")
     sidecar = Path(f"{changed}.json")
-    sidecar.write_text(sidecar.read_text().replace('"session.qdq_matmulnbits_accuracy_level": "1"', '"a": "b"'))
+    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "session_options": {}}))
     report = ig.verify(model, changed, [words])
     assert not report
     assert (

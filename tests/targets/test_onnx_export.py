@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from isogrid.layers import (
     operators,  # noqa: F401  defines torch.ops.isogrid
 )
 from isogrid.targets.onnx_export import to_onnx
+from isogrid.targets.onnx_graph import _module_path
 from isogrid.targets.onnx_runtime_session import (
     STATIC_OPTIONS,
     open_session,
@@ -164,3 +166,15 @@ def test_matmul_nbits(tmp_path: Path) -> None:
 def test_fixed_batch(tmp_path: Path) -> None:
     path = exported(NBits(4, 32, 1, False), torch.randn(1, 128), tmp_path, dynamic_batch=False)
     assert open_session(path, {}).get_inputs()[0].shape == [1, 128]
+
+
+def test_a_module_is_found_by_parts_of_its_path() -> None:
+    def path(*scopes: str) -> str | None:
+        node = ir.node("Conv", [])
+        node.metadata_props["pkg.torch.onnx.name_scopes"] = str(["", *scopes, "static_convolution"])
+        return _module_path(node, {"encoder.stages.0.layers.1.convolution", "encoder", "head"})
+
+    assert path("encoder", "stages.0", "layers", "layers.1", "convolution") == "encoder.stages.0.layers.1.convolution"
+    whole = ["encoder", "encoder.stages.0", "encoder.stages.0.layers.1", "encoder.stages.0.layers.1.convolution"]
+    assert path(*whole) == "encoder.stages.0.layers.1.convolution"
+    assert path("encoder", "head") == "head"  # one module calls another's

@@ -65,7 +65,7 @@ def to_onnx(
             output_names=output_names,
         )
     assert program is not None
-    return finish(program.model, passes)
+    return finish(program.model, passes, {path for path, _ in module.named_modules(remove_duplicate=False)})
 
 
 def _takes_any_arguments(module: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -33,7 +33,7 @@ OUR_PRODUCT = "isogrid.static_matmul"
 Pass = Callable[[ir.Model], None]
 
 
-def finish(model: ir.Model, passes: Sequence[Pass]) -> onnx.ModelProto:
+def finish(model: ir.Model, passes: Sequence[Pass], modules: Collection[str]) -> onnx.ModelProto:
     """The file of an exported model, which computes the same bits.
 
     - The codes of each quantised tensor are named after their scale: those of `conv1.output_scale` are `conv1.output`.
@@ -47,6 +47,7 @@ def finish(model: ir.Model, passes: Sequence[Pass]) -> onnx.ModelProto:
     Args:
         model: as `torch.onnx.export(..., optimize=False)` makes it; changed in place.
         passes: for its reader, such as `ONNX_RUNTIME_PASSES`.
+        modules: paths of those that it was exported from.
     """
     _name_codes(model.graph)
     _remove_round_trips(model.graph)
@@ -58,7 +59,7 @@ def finish(model: ir.Model, passes: Sequence[Pass]) -> onnx.ModelProto:
     _store_codes(model)
     for change in passes:
         change(model)
-    _strip(model)
+    _strip(model, modules)
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
     model.ir_version = onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)
     proto = ir.to_proto(model)
@@ -198,8 +199,6 @@ def _give_zero_point(dequantize: ir.Node, graph: ir.Graph) -> None:
     dequantize.replace_input_with(2, zero_point)
 
 
-
-
 def keep_float(model: ir.Model) -> None:
     """What was float between two quantised tensors stays float.
 
@@ -264,10 +263,10 @@ def _shield(value: ir.Value, graph: ir.Graph) -> None:
         user.replace_input_with(index, shield.outputs[0])
 
 
-def _strip(model: ir.Model) -> None:
+def _strip(model: ir.Model, modules: Collection[str]) -> None:
     taken: set[str | None] = set()
     for node in model.graph:
-        name = _node_name(node)
+        name = node.outputs[0].name if node.op_type == "QuantizeLinear" else _module_path(node, modules)
         node.name = unique(name, taken) if name else None
         for name in _defaults(node, model.opset_imports):
             del node.attributes[name]
@@ -276,11 +275,22 @@ def _strip(model: ir.Model) -> None:
     common.ClearMetadataAndDocStringPass()(model)
 
 
-def _node_name(node: ir.Node) -> str | None:
-    if node.op_type == "QuantizeLinear":
-        return node.outputs[0].name
-    module_path = node.metadata_props.get(MODULE_PATH)
-    return ast.literal_eval(module_path)[-2] if module_path and node.op_type in NAMED_NODES else None
+def _module_path(node: ir.Node, modules: Collection[str]) -> str | None:
+    """The module that a node which is named after one comes from.
+
+    The exporter notes the modules around a node, the outermost first, each by its whole path or by a part of it that
+    begins with any of the modules before.
+    """
+    if node.op_type not in NAMED_NODES or MODULE_PATH not in node.metadata_props:
+        return None
+    _, *scopes, _ = ast.literal_eval(node.metadata_props[MODULE_PATH])
+    parts: list[str] = []
+    for scope in scopes:
+        if parts and scope.startswith(f"{parts[-1]}."):
+            parts.pop()
+        parts.append(scope)
+    path = ".".join(parts)
+    return path if path in modules or not scopes else scopes[-1]
 
 
 def _defaults(node: ir.Node, opsets: Mapping[str, int]) -> list[str]:
@@ -289,10 +299,6 @@ def _defaults(node: ir.Node, opsets: Mapping[str, int]) -> list[str]:
         return []
     known = onnx.defs.get_schema(node.op_type, opsets[""]).attributes
     return [name for name, attribute in node.attributes.items() if ir.to_proto(attribute) == known[name].default_value]
-
-
-
-
 
 
 def _changes_nothing(first: ir.Node, second: ir.Node) -> bool:

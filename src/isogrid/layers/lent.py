@@ -69,6 +69,7 @@ def product_of(
 ) -> tuple[Tensor, Product] | None:
     """The input and the product of a call of one of `FUNCTIONS`; None where it is not by the module's own parameters.
 
+    >>> import torch
     >>> head = nn.Module()
     >>> head.kernel = nn.Parameter(torch.zeros(4, 2, 3, 3))
     >>> product_of(head, F.conv2d, (torch.zeros(1, 2, 8, 8), head.kernel), {"padding": 1})[1].padding

@@ -1,15 +1,18 @@
 """What the reference's own run says: which values are exact, what lies before them, and all that multiplies."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import isogrid as ig
 from isogrid.verification.survey import Origin, Survey, Work, survey
 
 
 def surveyed(model: nn.Module, x: Tensor) -> Survey:
-    return survey(model, lambda: model(x))
+    return survey(model, lambda inputs: model(*inputs), (x,))
 
 
 class Branches(nn.Module):
@@ -54,3 +57,25 @@ def test_long_sums_count_for_more_operations() -> None:
 )
 def test_every_multiplication_is_counted(module: nn.Module, shape: tuple[int, ...], macs: int) -> None:
     assert sum(work.macs for work in surveyed(module, torch.zeros(shape)).work) == macs
+
+
+class WithConstant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Buffer(torch.arange(12.0).reshape(3, 4))
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) + self.second(self.places)
+
+
+def test_what_no_input_changes_is_a_constant(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4)
+    model = WithConstant()
+    ig.prepare(model, ig.plan(model, scheme="w8a8", example_inputs=(x,)))
+    ig.calibrate(model, [(x,)])
+    integer = ig.convert(model)
+    found = survey(integer, lambda inputs: integer(*inputs), (x,))
+    assert {name.partition(".")[0] for name in found.constants} == {"second"}
+    assert ig.verify(model, ig.export(model, tmp_path / "model.onnx"), [(x,)])

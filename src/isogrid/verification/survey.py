@@ -36,6 +36,9 @@ EXACT_OPERATIONS = frozenset(
 FLOAT_ISOGRID_OPERATIONS = frozenset({"matmul_nbits"})
 
 
+Run = Callable[[tuple[Any, ...]], Any]
+
+
 class Origin(NamedTuple):
     """How a value depends on what was computed before.
 
@@ -70,6 +73,7 @@ class Survey(View):
     Attributes:
         reproduced: whether the runtime's rounding is reproduced to the last bit.
         codes_from: the origin of the values that each quantised tensor was made of.
+        constants: names of quantised tensors that no input of the model changes.
         layers_from: the origin of the input of each packed layer.
         outputs: the origin of each output.
         work: the calls that multiply, in order.
@@ -77,6 +81,7 @@ class Survey(View):
 
     reproduced: bool = True
     codes_from: dict[str, Origin] = field(default_factory=dict)
+    constants: set[str] = field(default_factory=set)
     layers_from: dict[str, Origin] = field(default_factory=dict)
     outputs: list[Origin] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
@@ -92,38 +97,43 @@ class Survey(View):
         self._calls.pop()
 
     def codes(self, name: str, codes: Tensor, source: Quantization | None) -> Tensor:
-        origin = self._tracker.origin(codes if source is None else source.x)
-        self.codes_from.setdefault(name, origin)
+        values = codes if source is None else source.x
+        self.codes_from.setdefault(name, self._tracker.origin(values))
+        if not self._tracker.varies(values):
+            self.constants.add(name)
         return codes
 
     def entering(self, name: str, x: Tensor) -> Tensor:
         self.layers_from[name] = self._tracker.origin(x)
         return x
 
-    def fill(self, reference: nn.Module, run: Callable[[], Any]) -> None:
+    def fill(self, reference: nn.Module, run: Run, inputs: tuple[Any, ...]) -> None:
         """Fill it in."""
+        for x in inputs:
+            self._tracker.watch(x)
         with torch.no_grad(), viewed(reference, self), self._tracker:
-            result = run()
+            result = run(inputs)
         self.outputs = [self._tracker.origin(x) for x in tensors_in(result)]
 
     def _multiplied(self, macs: int) -> None:
         self.work.append(self._calls[-1]._replace(macs=macs))
 
 
-def survey(reference: nn.Module, run: Callable[[], Any], reproduced: bool = True) -> Survey:
+def survey(reference: nn.Module, run: Run, inputs: tuple[Any, ...], reproduced: bool = True) -> Survey:
     """Run the reference once and note where every value comes from, and all that multiplies.
 
     Args:
         reference: of `isogrid.convert`.
-        run: runs it and returns what it returns.
+        run: runs it on inputs and returns what it returns.
+        inputs: of the model.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
-    >>> found = survey(model, lambda: model(torch.zeros(2, 4)))
+    >>> found = survey(model, lambda inputs: model(*inputs), (torch.zeros(2, 4),))
     >>> found.outputs, found.work
     ([Origin(exact=False, depth=1.0)], [Work(layer='0', path='0', macs=24)])
     """
     found = Survey(reproduced)
-    found.fill(reference, run)
+    found.fill(reference, run, inputs)
     return found
 
 
@@ -134,15 +144,26 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.multiplied, self.reproduced = multiplied, reproduced
         self._origins: dict[int, Origin] = {}
-        self._alive: list[Tensor] = []  # keeps Python from giving an id to another tensor
+        self._varying: set[int] = set()
+        self._alive: list[Any] = []  # keeps Python from giving an id to another tensor
 
     def origin(self, x: Tensor) -> Origin:
         """Where a value comes from; what was never seen is an input or a parameter."""
         return self._origins.get(id(x), Origin(True, 0.0))
 
+    def watch(self, x: Any) -> None:
+        """An input, whose changes are to be followed."""
+        self._alive.append(x)
+        self._varying.add(id(x))
+
+    def varies(self, x: Tensor) -> bool:
+        """Whether an input changes a value."""
+        return id(x) in self._varying
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        before = [self.origin(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        before, varies = [self.origin(x) for x in operands], any(self.varies(x) for x in operands)
         result = func(*args, **kwargs)
         tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         macs = _macs(func, args, kwargs, result)
@@ -158,6 +179,8 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tensors:
             self._alive.append(tensor)
             self._origins[id(tensor)] = Origin(exact, depth)
+            if varies:
+                self._varying.add(id(tensor))
         if macs:
             self.multiplied(macs)
         return result

@@ -262,7 +262,7 @@ def page(rows: list[Row]) -> str:
 convert, export and verification for `onnxruntime` in scheme `w8a8`:
 
 ```console
-$ pip install 'isogrid[bench]'
+$ pip install 'isogrid[transformers]'
 $ python benchmarks/zoo.py --write docs/zoo.md
 ```
 

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 import isogrid as ig
-from isogrid.errors import FormatError
-from isogrid.layers.dynamic import RuntimeRule, rule_of
+from isogrid.errors import PlanError
+from isogrid.layers.dynamic import ACTIVATION_RULES, MatMulNBits, activation_rule
 from isogrid.layers.nbits import reciprocal_int8
 from tests.models import assert_equal, prepared
 
@@ -12,23 +12,32 @@ from tests.models import assert_equal, prepared
 def test_values_are_those_of_the_runtimes_codes() -> None:
     x = torch.randn(3, 4, 64)
     codes, scale = reciprocal_int8(x, 32)
-    assert_equal(RuntimeRule(32)(x), codes * scale.repeat_interleave(32, -1))
+    assert_equal(MatMulNBits(32)(x), codes * scale.repeat_interleave(32, -1))
 
 
-def test_the_gradient_passes_unchanged() -> None:
-    x = torch.randn(2, 32, requires_grad=True)
-    RuntimeRule(16)(x).backward(gradient := torch.randn(2, 32))
+@pytest.mark.parametrize("name", ACTIVATION_RULES)
+def test_the_gradient_passes_unchanged(name: str) -> None:
+    x = torch.randn(2, 256, requires_grad=True)
+    activation_rule(name)(x).backward(gradient := torch.randn(2, 256))
     assert_equal(x.grad, gradient)
 
 
-def test_half_precision_goes_in_and_out() -> None:
-    assert RuntimeRule(32)(torch.randn(2, 32).bfloat16()).dtype == torch.bfloat16
+@pytest.mark.parametrize("name", ACTIVATION_RULES)
+def test_half_precision_goes_in_and_out(name: str) -> None:
+    assert activation_rule(name)(torch.randn(2, 256).bfloat16()).dtype == torch.bfloat16
 
 
-def test_blocks_are_those_of_the_weight() -> None:
-    assert rule_of(ig.format("int4/group64")) == RuntimeRule(64)
-    with pytest.raises(FormatError, match="has none"):
-        rule_of(ig.format("int8/channel"))
+@pytest.mark.parametrize("name", ACTIVATION_RULES)
+def test_zeros_stay_zeros(name: str) -> None:
+    rule = activation_rule(name)
+    assert_equal(rule(torch.zeros(2, 256)), torch.zeros(2, 256))
+    error = rule.sum_error(torch.zeros(2, 256))
+    assert error is None or not error.any()
+
+
+def test_unknown_rules_are_refused() -> None:
+    with pytest.raises(PlanError, match="Unknown activation rule 'q9_0'"):
+        activation_rule("q9_0")
 
 
 def test_a_layer_trains_with_the_rule_in_its_forward() -> None:
@@ -36,7 +45,14 @@ def test_a_layer_trains_with_the_rule_in_its_forward() -> None:
     x = torch.randn(3, 32)
     prepared(model, (x,), "w8a8-dynamic")
     layer = model[0]
-    expected = nn.functional.linear(RuntimeRule(32)(x), layer.weight_quantizer(layer.weight), layer.bias)
+    expected = nn.functional.linear(MatMulNBits(32)(x), layer.weight_quantizer(layer.weight), layer.bias)
     assert_equal(model(x), expected)
     layer.weight_quantizer.enabled = False
     assert_equal(model(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_the_plan_names_the_rule() -> None:
+    plan = ig.plan(nn.Sequential(nn.Linear(32, 4)), scheme="w8a8-dynamic", example_inputs=(torch.zeros(1, 32),))
+    assert plan.layers[0].activation_rule == "matmulnbits-32"
+    assert "matmulnbits-32" in str(plan)
+    assert ig.Plan.from_json(plan.to_json()) == plan

@@ -50,6 +50,25 @@ def pack_blocks(quantized: Quantized) -> Tensor:
     return data.reshape(*shape[:-1], shape[-1] // layout.block * data.shape[1])
 
 
+def block_length(fmt: Format) -> int | None:
+    """How many values of a row one of ggml's blocks holds; None where ggml has no blocks of this format.
+
+    >>> block_length(named_format("q4_k"))
+    256
+    """
+    name = ggml_name(fmt)
+    return None if name is None else _LAYOUTS[name].block
+
+
+def ggml_name(fmt: Format) -> str | None:
+    """What ggml calls a format, whatever its name here; None where ggml has no blocks of this format.
+
+    >>> ggml_name(named_format("int4/group32:scale=float16"))
+    'q4_0'
+    """
+    return next((name for name in _LAYOUTS if named_format(name) == fmt), None)
+
+
 def unpack_blocks(packed: Tensor, fmt: Format, shape: Shape) -> Quantized:
     """What the bytes of ggml blocks stand for.
 
@@ -262,12 +281,13 @@ _LAYOUTS: dict[str, Layout] = {
 
 def _layout(fmt: Format, shape: Shape) -> Layout:
     """The layout of a format, whose blocks must divide the rows."""
-    for name, layout in _LAYOUTS.items():
-        if named_format(name) == fmt:
-            if not shape or shape[-1] % layout.block:
-                raise FormatError(f"ggml's {name} blocks hold {layout.block} values; rows of {list(shape)} do not fit.")
-            return layout
-    raise FormatError(f"ggml has no blocks for {fmt}. It has them for {', '.join(_LAYOUTS)}.")
+    name = ggml_name(fmt)
+    if name is None:
+        raise FormatError(f"ggml has no blocks for {fmt}. It has them for {', '.join(_LAYOUTS)}.")
+    layout = _LAYOUTS[name]
+    if not shape or shape[-1] % layout.block:
+        raise FormatError(f"ggml's {name} blocks hold {layout.block} values; rows of {list(shape)} do not fit.")
+    return layout
 
 
 def _check_scales(numbers: Numbers, fmt: Format) -> None:

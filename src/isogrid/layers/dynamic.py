@@ -1,52 +1,55 @@
-"""Activation rules of runtimes that quantise what flows, as they come to it."""
+"""The activation rules by name: what runtimes that quantise activations as they come do to them."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from isogrid.errors import FormatError
-from isogrid.formats import Affine, Format, Grid, NativeGrid, PerGroup
-from isogrid.layers.nbits import reciprocal_int8
-from isogrid.quantizers import Identity, Operand, fake_quantize
-from isogrid.quantizers.estimators import Tensors
+from isogrid.errors import PlanError
+from isogrid.formats import PerGroup
+from isogrid.formats.granularity import Granularity
+from isogrid.layers import llamacpp_activations
+from isogrid.layers.activation_rule import ActivationRule
+from isogrid.layers.nbits import BLOCKS, reciprocal_int8
 
 
 @dataclass(frozen=True)
-class RuntimeRule(Identity):
+class MatMulNBits(ActivationRule):
     """int8 activations as ONNX Runtime's MatMulNBits quantises them at accuracy level 4.
 
-    For each row and block of `block` values: `q = rint(x * f32(127 / amax))`, scale `amax / 127`. It multiplies by a
-    reciprocal, unlike every format of Isogrid, so it is written as the runtime does it. The gradient passes
-    unchanged, for nothing is clipped.
+    For each row and block of `block` values: `q = rint(x * f32(127 / amax))`, scale `amax / 127`.
 
-    >>> RuntimeRule(32)(torch.full((1, 32), 0.5))[0, :2]
+    >>> import torch
+    >>> MatMulNBits(32)(torch.full((1, 32), 0.5))[0, :2]
     tensor([0.5000, 0.5000])
     """
 
-    rounds_to_nearest: ClassVar[bool] = False
-
     block: int
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., K] as the runtime reads it, in x's dtype."""
-        return fake_quantize(x, self.operand)
+    @property
+    def name(self) -> str:
+        return f"matmulnbits-{self.block}"
 
     @property
-    def operand(self) -> Operand:
-        """How an input is quantised by this rule."""
-        blocks = Format(NativeGrid(torch.float32), PerGroup(self.block))
-        return Operand(blocks, self, Affine(None), {})
+    def granularity(self) -> Granularity:
+        return PerGroup(self.block)
 
-    def forward(self, x: Tensor, affine: Affine, grid: Grid, tensors: Tensors) -> Tensor:
-        """x [blocks, block] as the runtime reads it."""
+    def values(self, x: Tensor) -> Tensor:
         codes, scale = reciprocal_int8(x, self.block)
         return codes * scale
 
 
-def rule_of(weight_format: Format) -> RuntimeRule:
-    """The activation rule that goes with a weight format: blocks as long as the weight's groups."""
-    if not isinstance(weight_format.granularity, PerGroup):
-        raise FormatError(f"Dynamic activations go by the weight's groups, and {weight_format} has none.")
-    return RuntimeRule(weight_format.granularity.size)
+ACTIVATION_RULES: dict[str, ActivationRule] = {
+    rule.name: rule for rule in (*[MatMulNBits(block) for block in BLOCKS], *llamacpp_activations.RULES)
+}
+"""The rules by the name that a plan carries; a target names one for each layer, see `Target.activation_rule`."""
+
+
+def activation_rule(name: str) -> ActivationRule:
+    """A rule by its name; raises PlanError where there is none.
+
+    >>> activation_rule("q8_k")
+    Q8_K()
+    """
+    if name not in ACTIVATION_RULES:
+        raise PlanError(f"Unknown activation rule {name!r}. Known: {', '.join(ACTIVATION_RULES)}.")
+    return ACTIVATION_RULES[name]

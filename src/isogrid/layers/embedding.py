@@ -7,16 +7,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isogrid.layers.integer import IntegerEmbedding
+from isogrid.formats import Quantized
+from isogrid.layers.integer import IntegerEmbedding, uncounted
+from isogrid.layers.stored import StoredEmbedding
 from isogrid.layers.weights import weight_of
 from isogrid.quantizers import Quantizer
 
 
 class QuantizedTable(nn.Module):
-    """Mixin of layers that look rows up in a quantised table."""
+    """Mixin of layers that look rows up in a quantised table.
+
+    Attributes:
+        weight_quantizer: owned, or that of a layer that shares the weight.
+        keeps_format: `convert` keeps the table as its format stores it, instead of as int8 codes with float32 scales.
+    """
 
     num_embeddings: int
     weight_quantizer: Quantizer
+    keeps_format: bool
 
     def table(self) -> Tensor:
         """The table as stored, float [entries, dimension]."""
@@ -54,6 +62,9 @@ class QuantizedEmbedding(QuantizedTable, nn.Embedding):
 
     def to_integer(self) -> nn.Module:
         """The layer that stores codes."""
+        if self.keeps_format:
+            with torch.no_grad():
+                return StoredEmbedding(self.weight_quantizer.quantize(weight_of(self)))
         return IntegerEmbedding(*self.stored_codes())
 
 
@@ -76,6 +87,9 @@ class QuantizedEmbeddingBag(QuantizedTable, nn.EmbeddingBag):
 
     def to_integer(self) -> nn.Module:
         """The layer that stores codes."""
+        if self.keeps_format:
+            with torch.no_grad():
+                return StoredEmbeddingBag(self, self.weight_quantizer.quantize(weight_of(self)))
         return IntegerEmbeddingBag(self, *self.stored_codes())
 
 
@@ -95,6 +109,25 @@ class IntegerEmbeddingBag(IntegerEmbedding):
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
     ) -> Tensor:
         return pooled_rows(self, super().forward, input, offsets, per_sample_weights)
+
+
+class StoredEmbeddingBag(StoredEmbedding):
+    """Bags of rows of a stored table.
+
+    Args:
+        bag: its mode, padding and order of offsets.
+        quantized: the table.
+    """
+
+    def __init__(self, bag: nn.EmbeddingBag, quantized: Quantized) -> None:
+        super().__init__(quantized)
+        self.mode, self.padding_idx, self.include_last_offset = bag.mode, bag.padding_idx, bag.include_last_offset
+
+    def forward(
+        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
+        with uncounted():
+            return pooled_rows(self, super().forward, input, offsets, per_sample_weights)
 
 
 def pooled_rows(

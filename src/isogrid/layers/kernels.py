@@ -35,6 +35,8 @@ class Kernels:
             itself is deployed.
         code_bound: share of the codes of one operation that the runtime may round to the neighbour, where scales are
             not powers of two; by powers of two everybody rounds alike.
+        packs_nbits: whether linear layers in float arithmetic are MatMulNBits; elsewhere `isogrid.convert` keeps
+            weights as their formats store them.
     """
 
     quantize: Kernel
@@ -44,6 +46,7 @@ class Kernels:
     global_average_pool: Kernel
     table: Kernel = lookup_table
     code_bound: float = 0.0
+    packs_nbits: bool = False
 
 
 def float_add(*operands: Any) -> Tensor:
@@ -58,6 +61,7 @@ _ONNX_RUNTIME = Kernels(
     multiply=onnxruntime_kernels.multiply,
     average_pool=onnxruntime_kernels.average_pool,
     global_average_pool=onnxruntime_kernels.global_average_pool,
+    packs_nbits=True,
 )
 
 KERNELS: dict[str, Kernels] = {
@@ -84,5 +88,8 @@ KERNELS: dict[str, Kernels] = {
         # Products accumulated in float32 and scaled twice; about 1e-5 of the codes of a layer.
         code_bound=1e-4,
     ),
+    # Runtimes that compute in float on stored weights, as llama.cpp: they have no static integers, so that none of
+    # the kernels is called.
+    "float": replace(_ONNX_RUNTIME, packs_nbits=False),
 }
 """The kernels by the name that a plan carries."""

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from isogrid.formats import Format, NativeGrid, named_format
 from isogrid.layers import arithmetic
+from isogrid.layers.activation_rule import ActivationRule
 from isogrid.layers.batch_norm import AbsorbedBatchNorm
 from isogrid.layers.clamp import Clamp
-from isogrid.layers.dynamic import RuntimeRule
 from isogrid.layers.folding import Folded, fold
 from isogrid.layers.integer import StaticGrid
 from isogrid.layers.operations import BilinearOperation
 from isogrid.layers.static import Finish, static_operation
+from isogrid.layers.stored import with_stored_sums
 from isogrid.layers.weights import weight_of
 from isogrid.quantizers import Operand, Quantizer, quantized_operation
 
@@ -51,6 +52,7 @@ class QuantizedLayer(nn.Module):
         arithmetic: how the target computes.
         input_on_grid: the input is already quantised by whatever produced it.
         input_rule: how the runtime quantises the input as it comes, or None.
+        packs_nbits: float arithmetic is ONNX Runtime's MatMulNBits.
     """
 
     weight: Any
@@ -62,7 +64,8 @@ class QuantizedLayer(nn.Module):
     clamp: Clamp | None
     arithmetic: Arithmetic
     input_on_grid: bool
-    input_rule: RuntimeRule | None
+    input_rule: ActivationRule | None
+    packs_nbits: bool
 
     @property
     def operation(self) -> BilinearOperation:
@@ -104,10 +107,19 @@ class QuantizedLayer(nn.Module):
             y = operation.forward(x, weight, bias)
         else:
             y = quantized_operation(operation, x, weight, bias, x_operand, weight_operand)
+            y = self._with_stored_sums(y, x, weight_operand)
         if self.batch_norm is not None:
             y = self.batch_norm.normalize(y)
         y = y if self.clamp is None else self.clamp(y)
         return y if self.output_quantizer is None else self.output_quantizer(y)
+
+    def _with_stored_sums(self, y: Tensor, x: Tensor, weight_operand: Operand | None) -> Tensor:
+        """The output y of the float arithmetic, with what the runtime's sums of its input differ."""
+        if self.input_rule is None or weight_operand is None or weight_operand.affine.offset is None:
+            return y
+        offset = weight_operand.format.stored(weight_operand.affine).offset
+        assert offset is not None
+        return with_stored_sums(y, x, offset, self.input_rule)
 
     def _computes_static(self, x_operand: Operand | None, weight_operand: Operand | None) -> bool:
         if self.arithmetic != "static" or x_operand is None or weight_operand is None:

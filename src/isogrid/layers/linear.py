@@ -8,6 +8,7 @@ from isogrid.layers.integer import IntegerFloatClampLinear, IntegerLinear, Packe
 from isogrid.layers.layer import QuantizedLayer
 from isogrid.layers.nbits import pack_matmul_nbits
 from isogrid.layers.operations import BilinearOperation, LinearOperation
+from isogrid.layers.stored import StoredLinear
 from isogrid.layers.weights import weight_of
 
 
@@ -23,11 +24,16 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     def to_integer(self) -> nn.Module:
         if self.arithmetic == "float":
-            return self._packed()
+            return self._packed() if self.packs_nbits else self._stored()
         parts = self.integer_parts()
         if self.output_quantizer is None and self.clamp is not None:
             return IntegerFloatClampLinear(self.clamp, *parts)
         return IntegerLinear(*parts)
+
+    @torch.no_grad()
+    def _stored(self) -> nn.Module:
+        bias = None if self.bias is None else self.bias.detach().to(torch.float32)
+        return StoredLinear(self.weight_quantizer.quantize(weight_of(self)), bias, self.input_rule)
 
     @torch.no_grad()
     def _packed(self) -> nn.Module:

@@ -121,19 +121,18 @@ class Placement:
         return outside_stubs(self.graph)
 
     def _choice(self, rule: Rule | None) -> Choice:
-        scheme = f"scheme {self.scheme.name}"
-        if rule is None:
-            return Choice(self.scheme.weight, self.scheme.activation, "learned", "lsq", "mse", scheme)
-        estimator = rule.estimator
+        weight = (rule and rule.weight) or self.scheme.weight
+        estimator = None if rule is None else rule.estimator
         learns = estimator is None or "scale" in estimator_from_name(estimator).learns
-        scale = rule.scale or ("learned" if learns else "frozen")
+        has_scale = named_format(weight).scale is not None
+        scale = (rule and rule.scale) or ("learned" if learns and has_scale else "frozen")
         return Choice(
-            weight=rule.weight or self.scheme.weight,
-            activation=rule.activation or self.scheme.activation,
+            weight=weight,
+            activation=(rule and rule.activation) or self.scheme.activation,
             scale=scale,
             estimator=estimator or ("lsq" if scale == "learned" else "ste"),
-            range=rule.range or "mse",
-            reason=f"rule {rule.match!r}",
+            range=(rule and rule.range) or "mse",
+            reason=f"scheme {self.scheme.name}" if rule is None else f"rule {rule.match!r}",
         )
 
     def _static_plan(self) -> Plan:
@@ -164,16 +163,15 @@ class Placement:
         return self._assembled(sites, layers, operations, grids.chains)
 
     def _weight_plan(self) -> Plan:
-        kinds = {name: self.graph.calls_of(name)[0].kind for name in self.choices}
-        layers = [
-            LayerPlan(
-                name,
-                self._weight_owner[name],
-                arithmetic=self.scheme.arithmetic if kind == "linear" else "weight_only",
-            )
-            for name, kind in kinds.items()
-        ]
+        layers = [self._float_layer(name, self.graph.calls_of(name)[0].kind) for name in self.choices]
         return self._assembled(self._weight_sites(layers), layers, [], {})
+
+    def _float_layer(self, name: str, kind: str) -> LayerPlan:
+        if kind != "linear" or self.scheme.arithmetic != "dynamic":
+            return LayerPlan(name, self._weight_owner[name], arithmetic="weight_only")
+        rule = self.target.activation_rule(named_format(self.choices[name].weight), self.scheme)
+        arithmetic = "weight_only" if rule is None else "dynamic"
+        return LayerPlan(name, self._weight_owner[name], arithmetic=arithmetic, activation_rule=rule)
 
     @cached_property
     def _weight_owner(self) -> dict[str, str]:

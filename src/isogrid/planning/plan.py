@@ -61,6 +61,8 @@ class LayerPlan:
         batch_norm: path of the batch norm it absorbs; a batch norm that is a layer of its own absorbs itself.
         clamp: the ReLU, or other limit to its output, that it applies in place of the call that follows.
         arithmetic: static, weight_only or dynamic.
+        activation_rule: what the runtime does to its input as it comes, a key of
+            `isogrid.layers.dynamic.ACTIVATION_RULES`, or None.
     """
 
     path: str
@@ -70,6 +72,7 @@ class LayerPlan:
     batch_norm: str | None = None
     clamp: Clamp | None = None
     arithmetic: str = "static"
+    activation_rule: str | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,10 @@ class Plan:
             sites.add_column(column, overflow="fold")
         for site in self.sites:
             sites.add_row(site.name, site.format, site.scale, site.estimator, site.range, site.reason)
+        for layer in self.layers:
+            if layer.activation_rule is not None:
+                reason = f"{self.target} quantises what arrives, by the weight's format"
+                sites.add_row(f"{layer.path}.input", layer.activation_rule, "dynamic", "identity", "", reason)
         floats = Table(title="Stays float", title_justify="left")
         floats.add_column("what")
         floats.add_column("why", overflow="fold")

@@ -18,10 +18,11 @@ from isogrid.layers.convolution import (
     QuantizedConvTranspose2d,
     QuantizedConvTranspose3d,
 )
-from isogrid.layers.dynamic import rule_of
+from isogrid.layers.dynamic import activation_rule
 from isogrid.layers.elementwise import QuantizedAdd, QuantizedFusedAdd, QuantizedMultiply
 from isogrid.layers.embedding import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
 from isogrid.layers.intercept import own_class, parent_of
+from isogrid.layers.kernels import KERNELS
 from isogrid.layers.layer import QuantizedLayer, link, replacement
 from isogrid.layers.lent import (
     BorrowedConv1d,
@@ -211,13 +212,17 @@ class _Builder:
     def _configure(self, plan: LayerPlan) -> None:
         module: Any = self._module(plan.path)
         self._give(module, plan.path, "weight_quantizer", plan.weight)
+        packs_nbits = KERNELS[self.plan.kernels].packs_nbits
         if isinstance(module, QuantizedTable):
+            is_static = any(layer.arithmetic == "static" for layer in self.plan.layers)
+            module.keeps_format = not packs_nbits and not is_static
             return
         assert isinstance(module, QuantizedLayer)
         module.arithmetic = "static" if plan.arithmetic == "static" else "float"
         module.clamp = plan.clamp
         module.input_on_grid = plan.input.on_grid if plan.input is not None else False
-        module.input_rule = rule_of(module.weight_quantizer.format) if plan.arithmetic == "dynamic" else None
+        module.input_rule = None if plan.activation_rule is None else activation_rule(plan.activation_rule)
+        module.packs_nbits = packs_nbits
         self._give(module, plan.path, "input_quantizer", plan.input.grid if plan.input is not None else None)
         self._give(module, plan.path, "output_quantizer", plan.output)
         norm: Any = self._module(plan.batch_norm) if plan.batch_norm is not None else None

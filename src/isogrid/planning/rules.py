@@ -110,6 +110,27 @@ class Scheme:
 
 _SEVEN_BITS = "8-bit weights, activations of 7 bits (0..127), whose products no x86 CPU lets overflow"
 
+_OF_LLAMA_CPP = (
+    ("f16", "float16", "weights and activations of every product in float16"),
+    ("bf16", "bfloat16", "weights and activations of every product in bfloat16"),
+    ("q8_0", "q8_0", "8-bit weights in blocks of 32"),
+    ("q5_0", "q5_0", "5-bit weights in blocks of 32"),
+    ("q5_1", "q5_1", "5-bit weights in blocks of 32, with minima"),
+    ("q4_0", "q4_0", "4-bit weights in blocks of 32"),
+    ("q4_1", "q4_1", "4-bit weights in blocks of 32, with minima"),
+    ("iq4_nl", "iq4_nl", "16 uneven values in blocks of 32"),
+    ("mxfp4", "mxfp4", "4-bit floats in blocks of 32 on powers of two"),
+    ("nvfp4", "nvfp4", "4-bit floats in blocks of 16 on 8-bit floats"),
+    ("q6_k", "q6_k", "6-bit weights in super-blocks of 256"),
+    ("q5_k", "q5_k", "5-bit weights in super-blocks of 256, with minima"),
+    ("q4_k", "q4_k", "4-bit weights in super-blocks of 256, with minima"),
+    ("q3_k", "q3_k", "3-bit weights in super-blocks of 256"),
+    ("q2_k", "q2_k", "2-bit weights in super-blocks of 256, with minima"),
+    ("tq1_0", "tq1_0", "weights -1, 0, 1 in blocks of 256, five in a byte"),
+    ("tq2_0", "tq2_0", "weights -1, 0, 1 in blocks of 256, four in a byte"),
+)
+"""Every weight in one type, under llama.cpp's name for it."""
+
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
@@ -149,6 +170,7 @@ SCHEMES: dict[str, Scheme] = {
             first_and_last="int8/channel:scale=e8m0",
             inputs="int8/tensor:scale=e8m0",
         ),
+        *(Scheme(name, weight, None, "dynamic", what, target="llamacpp") for name, weight, what in _OF_LLAMA_CPP),
     )
 }
 """The schemes by name."""

@@ -38,6 +38,13 @@ class Target(Protocol):
         """None where the runtime can run the call quantised in this scheme; else why not, for the plan's table."""
         ...
 
+    def activation_rule(self, weight: Format, scheme: Scheme) -> str | None:
+        """What the runtime does to the input of a linear layer of a dynamic scheme, whose weight has this format.
+
+        A key of `isogrid.layers.dynamic.ACTIVATION_RULES`; None where activations stay float.
+        """
+        ...
+
     def check_format(self, kind: str, fmt: Format, call: Call, scheme: Scheme) -> None:
         """Raise TargetError, with what to use instead, where a weight or activation format cannot run."""
         ...

@@ -31,6 +31,7 @@ TARGETS = {
     "openvino": Entry("isogrid.targets.openvino", "OpenVino", "isogrid[openvino]"),
     "torch-export": Entry("isogrid.targets.torch_export", "TorchExport", "isogrid"),
     "litert": Entry("isogrid.targets.litert", "LiteRT", "isogrid[litert]"),
+    "llamacpp": Entry("isogrid.targets.llamacpp", "LlamaCpp", "isogrid[gguf]"),
 }
 """The runtimes by name. A runtime's packages are imported when it is asked for, not before."""
 

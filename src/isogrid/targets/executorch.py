@@ -51,6 +51,10 @@ class ExecuTorch:
             return why_not_static(call, WHAT)
         return f"{WHAT} has no {scheme.arithmetic} kernels that are known here"
 
+    def activation_rule(self, weight: Format, scheme: Scheme) -> str | None:
+        """None: no dynamic scheme is run."""
+        return None
+
     def check_format(self, kind: str, fmt: Format, call: Call, scheme: Scheme) -> None:
         """Raise TargetError, with what to use instead, where a format cannot run."""
         check_static_format(kind, fmt, call, WHAT)

@@ -7,6 +7,7 @@ from torch import nn
 
 from isogrid.errors import ArtifactError, TargetError
 from isogrid.formats import Format, IntegerGrid, NativeGrid, PerChannel, PerGroup, PerTensor, named_format
+from isogrid.layers.dynamic import MatMulNBits
 from isogrid.layers.nbits import BITS, BLOCKS, quantizes_input
 from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
@@ -52,6 +53,11 @@ class OnnxRuntime:
         if call.kind == "linear":
             return None
         return f"MatMulNBits computes linear layers only, and this is {call.type}"
+
+    def activation_rule(self, weight: Format, scheme: Scheme) -> str | None:
+        """int8 by blocks as long as the weight's groups."""
+        granularity = weight.granularity
+        return MatMulNBits(granularity.size).name if isinstance(granularity, PerGroup) else None
 
     def check_format(self, kind: str, fmt: Format, call: Call, scheme: Scheme) -> None:
         """Raise TargetError, with what to use instead, where a format cannot run."""

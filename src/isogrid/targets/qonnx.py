@@ -50,6 +50,10 @@ class Qonnx:
             return "QONNX stands for integers end to end; use a static scheme such as w4a8 or finn"
         return None if call.kind in STATIC_KINDS else f"{call.type} stays float in QONNX"
 
+    def activation_rule(self, weight: Format, scheme: Scheme) -> str | None:
+        """None: no dynamic scheme is run."""
+        return None
+
     def check_format(self, kind: str, fmt: Format, call: Call, scheme: Scheme) -> None:
         """Raise TargetError, with what to use instead, where a format cannot be written."""
         grid, granularity = fmt.grid, fmt.granularity

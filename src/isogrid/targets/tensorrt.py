@@ -55,6 +55,10 @@ class TensorRt:
             return None if call.kind in STATIC_KINDS else f"{call.type} stays float, between quantised layers"
         return None if call.kind == "linear" else f"weights alone are those of linear layers, and this is {call.type}"
 
+    def activation_rule(self, weight: Format, scheme: Scheme) -> str | None:
+        """None: no dynamic scheme is run."""
+        return None
+
     def check_format(self, kind: str, fmt: Format, call: Call, scheme: Scheme) -> None:
         """Raise TargetError, with what to use instead, where a format cannot run."""
         grid, granularity = fmt.grid, fmt.granularity

@@ -52,6 +52,10 @@ class TorchExport:
         plain = call.kind in KINDS and (call.kind != "add" or call.is_plain_sum)
         return None if plain else f"{call.type} is not written between quantize and dequantize here"
 
+    def activation_rule(self, weight: Format, scheme: Scheme) -> str | None:
+        """None: no dynamic scheme is run."""
+        return None
+
     def check_format(self, kind: str, fmt: Format, call: Call, scheme: Scheme) -> None:
         """Raise TargetError where a format has no such form."""
         if kind != "activation" or str(fmt) != "uint8/tensor":

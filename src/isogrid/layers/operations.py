@@ -173,4 +173,52 @@ class TransposedConvolutionOperation:
         return grouped.reshape(-1, weight.shape[0] // self.groups, *weight.shape[2:])
 
 
-BilinearOperation = LinearOperation | ConvolutionOperation | TransposedConvolutionOperation
+@dataclass(frozen=True)
+class GroupedOperation:
+    """A Linear for each expert, for rows that are sorted by expert.
+
+    x [rows, in], weight [experts * out, in], bias [experts * out] or None to [rows, out].
+
+    Args:
+        ends: for each expert, where its rows end.
+
+    >>> weight = torch.tensor([[1.0, 0.0], [0.0, 10.0]])  # of two experts with one output each
+    >>> GroupedOperation((1, 3)).forward(torch.ones(3, 2), weight, None).T
+    tensor([[ 1., 10., 10.]])
+    """
+
+    ends: tuple[int, ...]
+    channel_axis: int = -1
+    divides: ClassVar[bool] = False
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # The bias is added afterwards, as transformers does it: a fused one would round otherwise.
+        y = torch.cat([F.linear(x[rows], part) for rows, part in self._parts(weight)])
+        return y if bias is None else y + self._spread(bias)
+
+    def backward(self, gradient: Tensor, x: Tensor, weight: Tensor, needs: Needs) -> Triple:
+        """Gradients of x, weight and bias, each None where not needed."""
+        parts = self._parts(weight)
+        return (
+            torch.cat([gradient[rows] @ part for rows, part in parts]) if needs[0] else None,
+            torch.cat([gradient[rows].T @ x[rows] for rows, _ in parts]) if needs[1] else None,
+            torch.cat([gradient[rows].sum(0) for rows, _ in parts]) if needs[2] else None,
+        )
+
+    def divide(self, x: Tensor, weight: Tensor, pieces: int) -> list[tuple[Tensor, Tensor]]:
+        """Not split; see `divides`."""
+        return [(x, weight)]
+
+    def _parts(self, weight: Tensor) -> list[tuple[slice, Tensor]]:
+        starts = (0, *self.ends[:-1])
+        parts = weight.reshape(len(self.ends), -1, weight.shape[1])
+        return [(slice(start, end), part) for start, end, part in zip(starts, self.ends, parts, strict=True)]
+
+    def _spread(self, bias: Tensor) -> Tensor:
+        """The bias of each row."""
+        ends = torch.tensor(self.ends, device=bias.device)
+        rows = ends.diff(prepend=ends.new_zeros(1))
+        return bias.reshape(len(self.ends), -1).repeat_interleave(rows, 0)
+
+
+BilinearOperation = LinearOperation | GroupedOperation | ConvolutionOperation | TransposedConvolutionOperation

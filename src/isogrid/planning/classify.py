@@ -10,6 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from isogrid.errors import PlanError
 from isogrid.layers import activations, elementwise, matmul
 from isogrid.layers.borrowed import BorrowedLinear
+from isogrid.layers.experts import BorrowedExperts
 from isogrid.layers.lent import BorrowedConv1d, BorrowedConv2d, BorrowedConv3d
 from isogrid.layers.pooling import averages_space, pooling_of
 from isogrid.layers.recurrent import Gates
@@ -20,6 +21,7 @@ from isogrid.planning.stubs import stub_of
 MODULE_KINDS: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
     BorrowedLinear: "linear",
+    BorrowedExperts: "experts",
     BorrowedConv1d: "convolution",
     BorrowedConv2d: "convolution",
     BorrowedConv3d: "convolution",

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from isogrid.layers.attention import ProjectedAttention
 from isogrid.layers.borrowed import ProductOfPairs, TakenApart, TurnedLinear
+from isogrid.layers.experts import SeparateExperts, are_stacked_experts
 from isogrid.layers.known_functions import QuickGELU, TanhGELU
 from isogrid.layers.recurrent import GRUCell, LSTMCell, RNNCell, UnrolledGRU, UnrolledLSTM, UnrolledRNN
 
@@ -76,4 +77,6 @@ def _apart(module: nn.Module) -> type[TakenApart] | None:
     for kind, parts in APART.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
             return parts
+    if are_stacked_experts(module):
+        return SeparateExperts
     return OF_TRANSFORMERS.get(f"{type(module).__module__}.{type(module).__name__}")

@@ -7,10 +7,12 @@ from functools import cached_property
 from isogrid.layers.clamp import Clamp
 from isogrid.layers.lent import Lent
 
-LAYER_KINDS = frozenset({"linear", "convolution", "embedding"})
+LAYER_KINDS = frozenset({"linear", "experts", "convolution", "embedding"})
 """Calls of modules that have a weight to quantise."""
 
-COMPUTING_KINDS = frozenset({"linear", "convolution", "add", "multiply", "matmul", "average_pool", "activation"})
+COMPUTING_KINDS = frozenset(
+    {"linear", "experts", "convolution", "add", "multiply", "matmul", "average_pool", "activation"}
+)
 """Calls that compute with quantised inputs in integer arithmetic."""
 
 
@@ -20,9 +22,9 @@ class Call:
 
     Attributes:
         name: the module's path, or the scope's path and the site's name: `layer1.0.add`.
-        kind: linear, convolution, embedding, batch_norm, add, multiply, matmul, concat, clamp (ReLU and its kin),
-            activation (another function of each value), average_pool, pass (moves values without changing them),
-            dropout, or float (anything else).
+        kind: linear, experts (a linear layer for each), convolution, embedding, batch_norm, add, multiply, matmul,
+            concat, clamp (ReLU and its kin), activation (another function of each value), average_pool, pass (moves
+            values without changing them), dropout, or float (anything else).
         type: the class or function, for people.
         scope: path of the module whose forward made the call.
         inputs, outputs: values, as numbers.

@@ -21,6 +21,7 @@ from isogrid.planning.grids import Grids, Owner
 from isogrid.planning.neighbours import neighbours_at_work
 from isogrid.planning.norms import as_convolutions, lone_norms
 from isogrid.planning.plan import LayerPlan, OperationPlan, Plan, Site
+from isogrid.planning.routers import routers
 from isogrid.planning.rules import Rule, Scheme, unmatched_rule_error
 from isogrid.planning.stubs import outside_stubs
 from isogrid.planning.target import Target
@@ -110,7 +111,7 @@ class Placement:
 
     def _why_float(self, calls: Sequence[Call]) -> str | None:
         call = calls[0]
-        if (why := self._outside_stubs.get(call.name)) is not None:
+        if (why := self._outside_stubs.get(call.name) or self._routers.get(call.name)) is not None:
             return why
         if any(other.kind != call.kind or len(other.inputs) != len(call.inputs) for other in calls):
             return next((other.reason for other in calls if other.reason), "its calls are of different kinds")
@@ -119,6 +120,10 @@ class Placement:
     @cached_property
     def _outside_stubs(self) -> dict[str, str]:
         return outside_stubs(self.graph)
+
+    @cached_property
+    def _routers(self) -> dict[str, str]:
+        return routers(self.model, self.graph)
 
     def _choice(self, rule: Rule | None) -> Choice:
         weight = (rule and rule.weight) or self.scheme.weight
@@ -167,7 +172,7 @@ class Placement:
         return self._assembled(self._weight_sites(layers), layers, [], {})
 
     def _float_layer(self, name: str, kind: str) -> LayerPlan:
-        if kind != "linear" or self.scheme.arithmetic != "dynamic":
+        if kind not in ("linear", "experts") or self.scheme.arithmetic != "dynamic":
             return LayerPlan(name, self._weight_owner[name], arithmetic="weight_only")
         rule = self.target.activation_rule(named_format(self.choices[name].weight), self.scheme)
         arithmetic = "weight_only" if rule is None else "dynamic"

@@ -21,6 +21,7 @@ from isogrid.layers.convolution import (
 from isogrid.layers.dynamic import activation_rule
 from isogrid.layers.elementwise import QuantizedAdd, QuantizedFusedAdd, QuantizedMultiply
 from isogrid.layers.embedding import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
+from isogrid.layers.experts import BorrowedExperts, QuantizedExperts
 from isogrid.layers.intercept import own_class, parent_of
 from isogrid.layers.kernels import KERNELS
 from isogrid.layers.layer import QuantizedLayer, link, replacement
@@ -57,6 +58,7 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose2d: QuantizedConvTranspose2d,
     nn.ConvTranspose3d: QuantizedConvTranspose3d,
     BorrowedLinear: QuantizedBorrowedLinear,
+    BorrowedExperts: QuantizedExperts,
     BorrowedConv1d: QuantizedBorrowedConv1d,
     BorrowedConv2d: QuantizedBorrowedConv2d,
     BorrowedConv3d: QuantizedBorrowedConv3d,

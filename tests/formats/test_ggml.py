@@ -14,11 +14,25 @@ gguf = pytest.importorskip("gguf")
 
 NAMES = [
     "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
-    "iq4_nl", "tq1_0", "tq2_0", "mxfp4", "nvfp4",
+    "iq4_nl", "tq1_0", "tq2_0", "mxfp4", "nvfp4", "q1_0", "q2_0",
 ]  # fmt: skip
 
 
+def read_as_ggml(packed: Tensor, bits: int, block: int, values: list[float]) -> Tensor:
+    """`dequantize_row_q1_0` and `dequantize_row_q2_0` of ggml-quants.c, which gguf has not."""
+    data = packed.numpy().reshape(-1, 2 + block * bits // 8)
+    scale = data[:, :2].copy().view(np.float16).astype(np.float32)
+    fields = [data[:, 2 + i * bits // 8] >> (i * bits % 8) & 2**bits - 1 for i in range(block)]
+    with np.errstate(all="ignore"):
+        found = np.array(values, np.float32)[np.stack(fields, 1)] * scale
+    return torch.from_numpy(found.reshape(len(packed), -1))
+
+
 def read_by_gguf(packed: Tensor, name: str) -> Tensor:
+    if name == "q1_0":
+        return read_as_ggml(packed, 1, 128, [-1, 1])
+    if name == "q2_0":
+        return read_as_ggml(packed, 2, 64, [-1, 0, 1, 2])
     kind = gguf.GGMLQuantizationType[name.upper()]
     with np.errstate(all="ignore"):  # random bytes hold infinite scales
         return torch.from_numpy(gguf.quants.dequantize(packed.numpy(), kind))

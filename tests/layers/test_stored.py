@@ -8,6 +8,7 @@ from torch import nn
 import isogrid as ig
 from isogrid.formats import named_format
 from isogrid.layers.dynamic import activation_rule
+from isogrid.layers.embedding import StoredEmbeddingBag
 from isogrid.layers.stored import StoredEmbedding, StoredLinear, StoredWeight
 from isogrid.planning.rules import SCHEMES
 from tests.models import assert_equal
@@ -72,3 +73,21 @@ def test_convert_computes_what_was_trained(scheme: str) -> None:
     rule = plan.layers[-1].activation_rule
     assert integer.head.activation_rule == activation_rule(str(rule))
     assert integer.head.weight.shape == (32, 256)
+
+
+def test_half_precision_models_compute_in_their_dtype() -> None:
+    model, ids = Tied().bfloat16(), torch.randint(0, 32, (2, 5))
+    ig.prepare(model, ig.plan(model, scheme="q4_k", example_inputs=(ids,)))
+    integer = ig.convert(model)
+    assert integer(ids).dtype == torch.bfloat16
+    assert_equal(integer(ids), model(ids).detach())
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_bags_of_stored_rows(mode: str) -> None:
+    bag = nn.EmbeddingBag(16, 64, mode=mode)
+    quantized = named_format("q4_1").quantize(bag.weight.detach())
+    ids = torch.randint(0, 16, (3, 4))
+    rows = quantized.dequantize()[ids]
+    expected = rows.sum(1) if mode == "sum" else rows.sum(1) / torch.full((3, 1), 4.0)
+    assert_equal(StoredEmbeddingBag(bag, quantized, torch.float32)(ids), expected)

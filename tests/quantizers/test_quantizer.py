@@ -39,7 +39,8 @@ def test_all_state_is_there_from_the_start_and_at_least_one_dimensional(name: st
     quantizer(torch.randn(4, 256)).sum()
     assert {key: (value.shape, value.dtype) for key, value in quantizer.state_dict().items()} == before
     assert all(len(shape) >= 1 for shape, _ in before.values())
-    assert {n for n, _ in quantizer.named_parameters()} == ({"raw_scale"} if rule == "learned" else set())
+    learned = {"raw_scale", "offset"} & set(before) if rule == "learned" else set()
+    assert {n for n, _ in quantizer.named_parameters()} == learned
 
 
 @pytest.mark.parametrize("rule", RULES)

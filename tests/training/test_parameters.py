@@ -30,6 +30,15 @@ def test_scales_move_by_a_share_of_themselves_and_do_not_decay() -> None:
     assert {group["lr"] for group in plain} == {0.01}
 
 
+def test_scales_of_either_sign_have_one_magnitude() -> None:
+    model = nn.Sequential(nn.Linear(32, 16))
+    ig.prepare(model, ig.plan(model, scheme="q4_0", example_inputs=(torch.zeros(1, 32),)))
+    scale = model[0].weight_quantizer.scale.detach()
+    assert (scale < 0).any() and (scale > 0).any()
+    group = next(g for g in ig.parameter_groups(model, lr=0.5) if g["name"] == "0.weight_quantizer")
+    assert group["lr"] == pytest.approx(0.5 * float(scale.abs().mean()))
+
+
 def test_tied_weights_are_listed_once() -> None:
     model, inputs = make("tied")
     groups = ig.parameter_groups(prepared(model, inputs), lr=0.01)

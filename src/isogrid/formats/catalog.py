@@ -59,6 +59,11 @@ def _blocks(grid: Grid, size: int, scale: Format, offset: Format | None = None) 
     return Format(grid, PerGroup(size), scale, offset=offset)
 
 
+def _signed(fmt: Format) -> Format:
+    """With scales of either sign, as ggml's own quantisers use them where a grid has a longer side."""
+    return replace(fmt, signed_scale=True)
+
+
 def _k_quant(grid: Grid, size: int, scale: IntegerGrid, least_offset: int | None = None) -> Format:
     """llama.cpp's K-quants: integer scales, and minima where there are any, on float16 scales of 256 values each.
 
@@ -74,17 +79,19 @@ def _integers(bits: int, signed: bool = False) -> IntegerGrid:
 
 
 _BLOCK_FORMATS: dict[str, Callable[[], Format]] = {
-    "q4_0": lambda: _blocks(_integers(4, signed=True), 32, FLOAT16),
+    "q4_0": lambda: _signed(_blocks(_integers(4, signed=True), 32, FLOAT16)),
     "q4_1": lambda: _blocks(_integers(4), 32, FLOAT16, offset=FLOAT16),
-    "q5_0": lambda: _blocks(_integers(5, signed=True), 32, FLOAT16),
+    "q5_0": lambda: _signed(_blocks(_integers(5, signed=True), 32, FLOAT16)),
     "q5_1": lambda: _blocks(_integers(5), 32, FLOAT16, offset=FLOAT16),
     "q8_0": lambda: _blocks(_integers(8, signed=True), 32, FLOAT16),
     "q2_k": lambda: _k_quant(_integers(2), 16, _integers(4), least_offset=-15),
-    "q3_k": lambda: _k_quant(_integers(3, signed=True), 16, _integers(6, signed=True)),
+    "q3_k": lambda: _signed(_k_quant(_integers(3, signed=True), 16, _integers(6, signed=True))),
     "q4_k": lambda: _k_quant(_integers(4), 32, _integers(6), least_offset=-63),
     "q5_k": lambda: _k_quant(_integers(5), 32, _integers(6), least_offset=-63),
-    "q6_k": lambda: _k_quant(_integers(6, signed=True), 16, _integers(8, signed=True)),
-    "iq4_nl": lambda: _blocks(IQ4_NL, 32, FLOAT16),
+    "q6_k": lambda: _signed(_k_quant(_integers(6, signed=True), 16, _integers(8, signed=True))),
+    "iq4_nl": lambda: _signed(_blocks(IQ4_NL, 32, FLOAT16)),
+    "q1_0": lambda: _blocks(BINARY, 128, FLOAT16),
+    "q2_0": lambda: _signed(_blocks(IntegerGrid(-1, 2), 64, FLOAT16)),
     # Five ternary digits in a byte, but the last 16 of 256 in four bytes: 52 bytes.
     "tq1_0": lambda: replace(_blocks(_TERNARY, 256, FLOAT16), code_bits=1.625),
     "tq2_0": lambda: _blocks(_TERNARY, 256, FLOAT16),

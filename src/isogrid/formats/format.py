@@ -41,6 +41,7 @@ class Format:
         granularity: which elements share a scale.
         scale, zero_point, offset: how these are stored.
         name: what the catalog calls it; takes no part in equality.
+        signed_scale: scales may be negative, which turns the longer side of a grid such as -8..7 to where it is needed.
         code_bits: bits that one code takes in storage, where that is not `grid.bits` (TQ1_0 puts five ternary
             digits in a byte).
 
@@ -59,6 +60,7 @@ class Format:
     offset: "Format | None" = None
     name: str = field(default="", compare=False)
     code_bits: float | None = None
+    signed_scale: bool = False
 
     def __post_init__(self) -> None:
         if self.zero_point is not None and (not isinstance(self.grid, IntegerGrid) or self.offset is not None):

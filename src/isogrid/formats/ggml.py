@@ -4,7 +4,7 @@ A block is a row of fields in the order of ggml's structs. A field holds numbers
 a Quantized: `codes`, `scale.codes`, `scale.scale.codes` and so on.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Protocol
 
@@ -66,7 +66,8 @@ def ggml_name(fmt: Format) -> str | None:
     >>> ggml_name(named_format("int4/group32:scale=float16"))
     'q4_0'
     """
-    return next((name for name in _LAYOUTS if named_format(name) == fmt), None)
+    unsigned = replace(fmt, signed_scale=False)
+    return next((name for name in _LAYOUTS if replace(named_format(name), signed_scale=False) == unsigned), None)
 
 
 def unpack_blocks(packed: Tensor, fmt: Format, shape: Shape) -> Quantized:
@@ -254,6 +255,8 @@ _LAYOUTS: dict[str, Layout] = {
     "q5_1": Layout(32, (_D, _MIN, _FIFTH_BITS, _NIBBLES)),
     "q8_0": Layout(32, (_D, Plane(8, stride=1))),
     "iq4_nl": Layout(32, (_D, _NIBBLES)),
+    "q1_0": Layout(128, (_D, Plane(1, stride=1))),
+    "q2_0": Layout(64, (_D, Plane(2, stride=1))),
     "q2_k": Layout(
         256, (Plane(4, stride=16, paths=("scale.codes", "offset.codes")), Plane(2, stride=32), _SUPER_D, _SUPER_MIN)
     ),

@@ -64,7 +64,8 @@ class QuantizedEmbedding(QuantizedTable, nn.Embedding):
         """The layer that stores codes."""
         if self.keeps_format:
             with torch.no_grad():
-                return StoredEmbedding(self.weight_quantizer.quantize(weight_of(self)))
+                weight = weight_of(self)
+                return StoredEmbedding(self.weight_quantizer.quantize(weight), weight.dtype)
         return IntegerEmbedding(*self.stored_codes())
 
 
@@ -89,7 +90,8 @@ class QuantizedEmbeddingBag(QuantizedTable, nn.EmbeddingBag):
         """The layer that stores codes."""
         if self.keeps_format:
             with torch.no_grad():
-                return StoredEmbeddingBag(self, self.weight_quantizer.quantize(weight_of(self)))
+                weight = weight_of(self)
+                return StoredEmbeddingBag(self, self.weight_quantizer.quantize(weight), weight.dtype)
         return IntegerEmbeddingBag(self, *self.stored_codes())
 
 
@@ -116,11 +118,11 @@ class StoredEmbeddingBag(StoredEmbedding):
 
     Args:
         bag: its mode, padding and order of offsets.
-        quantized: the table.
+        quantized, dtype: as for StoredEmbedding.
     """
 
-    def __init__(self, bag: nn.EmbeddingBag, quantized: Quantized) -> None:
-        super().__init__(quantized)
+    def __init__(self, bag: nn.EmbeddingBag, quantized: Quantized, dtype: torch.dtype) -> None:
+        super().__init__(quantized, dtype)
         self.mode, self.padding_idx, self.include_last_offset = bag.mode, bag.padding_idx, bag.include_last_offset
 
     def forward(

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -56,7 +57,7 @@ class StoredWeight(WeightOfCodes):
 
 
 class StoredLinear(StoredWeight):
-    """Linear, x [..., in] to float32 [..., out], with a stored weight [out, in].
+    """Linear, x [..., in] to [..., out] in x's dtype, with a stored weight [out, in].
 
     Args:
         quantized: the weight.
@@ -82,17 +83,26 @@ class StoredLinear(StoredWeight):
 
 
 class StoredEmbedding(StoredWeight):
-    """Rows of a stored table [entries, dimension]; indices [...] to float32 [..., dimension]."""
+    """Rows of a stored table [entries, dimension]; indices [...] to [..., dimension].
+
+    Args:
+        quantized: the table.
+        dtype: of the model, and so of the rows.
+    """
+
+    def __init__(self, quantized: Quantized, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(quantized)
+        self.dtype = dtype
 
     def forward(self, input: Tensor) -> Tensor:
         with uncounted():
-            return F.embedding(input, self.quantized.dequantize())
+            return F.embedding(input, self.quantized.dequantize().to(self.dtype))
 
 
 def stored_linear(
     x: Tensor, weight: Tensor, offset: Tensor | None, bias: Tensor | None, rule: ActivationRule | None
 ) -> Tensor:
-    """`x^ @ weight.T + bias` in float32, with x^ as a rule has it.
+    """`x^ @ weight.T + bias` in x's dtype, with x^ as a rule has it.
 
     Args:
         x: float [..., in].
@@ -101,8 +111,8 @@ def stored_linear(
         bias: float32 [out] or None.
         rule: None leaves x float.
     """
-    x = x.float()
-    y = F.linear(x if rule is None else rule(x), weight, bias)
+    bias = None if bias is None else bias.to(x.dtype)
+    y = F.linear(x if rule is None else rule(x), weight.to(x.dtype), bias)
     return y if rule is None or offset is None else with_stored_sums(y, x, offset, rule)
 
 

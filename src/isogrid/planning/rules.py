@@ -128,6 +128,8 @@ _OF_LLAMA_CPP = (
     ("q2_k", "q2_k", "2-bit weights in super-blocks of 256, with minima"),
     ("tq1_0", "tq1_0", "weights -1, 0, 1 in blocks of 256, five in a byte"),
     ("tq2_0", "tq2_0", "weights -1, 0, 1 in blocks of 256, four in a byte"),
+    ("q2_0", "q2_0", "weights -1, 0, 1, 2 in blocks of 64"),
+    ("q1_0", "q1_0", "weights -1, 1 in blocks of 128"),
 )
 """Every weight in one type, under llama.cpp's name for it."""
 

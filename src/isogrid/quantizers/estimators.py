@@ -117,8 +117,9 @@ class StraightThrough(Estimator):
 class LSQ(Estimator):
     """Learned step size (Esser et al., arXiv 1902.08153).
 
-    `d x^/d x = 1` where `n <= x/s + z <= p`, else 0; `d x^/d s = round(v) - v` inside, the clip bound outside. The
-    scale's gradient is multiplied by `1 / sqrt(N p)`, N being how many values of one sample share the scale.
+    `d x^/d x = 1` where `n <= x/s + z <= p`, else 0; `d x^/d s = round(v) - v` inside, the clip bound outside. An
+    offset moves what is clipped: `d x^/d o = 0` inside, 1 outside (LSQ+, Bhalgat et al., arXiv 2004.09576). Both
+    gradients are multiplied by `1 / sqrt(N p)`, N being how many values of one sample share the scale.
 
     Args:
         scales_gradient: apply that factor. Adam is indifferent to it, SGD diverges at 2 bits without it.
@@ -128,7 +129,7 @@ class LSQ(Estimator):
     (tensor([0., 1.]), Affine(scale=tensor([-8.2500]), zero_point=None, offset=None))
     """
 
-    learns: ClassVar[frozenset[str]] = frozenset({"scale"})
+    learns: ClassVar[frozenset[str]] = frozenset({"scale", "offset"})
     scales_gradient: bool = True
 
     def gradient_scale(self, fmt: Format, shape: Shape, scale_shape: Shape) -> float:
@@ -143,7 +144,9 @@ class LSQ(Estimator):
         position = Position(x, affine, grid)
         slope = position.nearest() - position.where_inside(position.in_units)
         scale_gradient = position.reduce(gradient * slope)
-        return Gradients(position.where_inside(gradient), Affine(scale_gradient))
+        inside = position.where_inside(gradient)
+        offset_gradient = None if affine.offset is None else position.reduce(gradient - inside)
+        return Gradients(inside, Affine(scale_gradient, None, offset_gradient))
 
 
 class Position:

@@ -37,11 +37,11 @@ def combine(function: Callable[..., Tensor], *affines: Affine) -> Affine:
 
 def ends_affine(lowest: Tensor, highest: Tensor, fmt: Format) -> Affine:
     """The parameters that map values from lowest to highest (each [blocks]) onto the grid, scale positive."""
-    return positive(extremes_affine(torch.stack((lowest, highest), 1), fmt), fmt)
+    return usable(extremes_affine(torch.stack((lowest, highest), 1), fmt), fmt)
 
 
-def positive(affine: Affine, fmt: Format) -> Affine:
-    """The parameters with a scale that is positive, finite and survives its storage.
+def usable(affine: Affine, fmt: Format) -> Affine:
+    """The parameters with a scale that is positive, finite and survives its storage; signed scales keep their sign.
 
     A scale of 0 belongs to a block whose values are all equal: zeros, or one constant that an offset holds. Any
     scale keeps them where the grid has a zero, and 1 fits every storage. Two kinds of format do not like a 1: on
@@ -54,6 +54,10 @@ def positive(affine: Affine, fmt: Format) -> Affine:
     scale = affine.scale
     if scale is None:
         return affine
+    if fmt.signed_scale:
+        made = usable(Affine(scale.abs(), affine.zero_point, affine.offset), replace(fmt, signed_scale=False)).scale
+        assert made is not None
+        return affine._replace(scale=torch.where(scale < 0, -made, made))
     substitute: Tensor | float = _idle_scale(fmt.grid)
     if fmt.scale is not None and fmt.scale.scale is not None:
         others = torch.where(scale > 0, scale, torch.inf).amin()

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from isogrid.formats import Affine, Format
 from isogrid.formats.format import extremes_affine
-from isogrid.quantizers.fitting import PIECE, combine, ends_affine, magnitudes, mean, positive, row_format
+from isogrid.quantizers.fitting import PIECE, combine, ends_affine, magnitudes, mean, row_format, usable
 
 COARSE_STEPS = 24
 FINE_STEPS = 8
@@ -28,7 +28,7 @@ def least_error_affine(rows: Tensor, fmt: Format, weights: Tensor | None = None)
 
     Returns:
         Parameters [blocks], before storage, never worse than absmax or min-max; a block of equal values may have
-        scale 0.
+        scale 0, and where the format's scales have a sign it is that which turns the grid's longer side the right way.
     """
     if fmt.grid.dimension > 1:
         rows = _sample(rows, fmt.grid.dimension)
@@ -37,8 +37,20 @@ def least_error_affine(rows: Tensor, fmt: Format, weights: Tensor | None = None)
     parts = []
     for start in range(0, len(rows), per_piece):
         some = slice(start, start + per_piece)
-        parts.append(_Search(rows[some], fmt, None if weights is None else weights[some], piece).run())
+        parts.append(_best(rows[some], fmt, None if weights is None else weights[some], piece))
     return combine(lambda *pieces: torch.cat(pieces), *parts)
+
+
+def _best(rows: Tensor, fmt: Format, weights: Tensor | None, piece: int) -> Affine:
+    """The search as the grid lies, and in the mirror where scales may be negative."""
+    search = _Search(rows, fmt, weights, piece)
+    found = search.run()
+    if not fmt.signed_scale or fmt.grid.lowest == -fmt.grid.highest:
+        return found
+    mirror = _Search(-rows, fmt, weights, piece)
+    mirrored = mirror.run()
+    better = mirror.least < search.least
+    return combine(lambda a, b: torch.where(better, -a, b), mirrored, found)
 
 
 def _sample(rows: Tensor, dimension: int) -> Tensor:
@@ -78,7 +90,7 @@ class _Search:
         self.factors = self.narrowest.new_ones(self.sides, len(rows))
         self.coarse, self.levels = (COARSE_STEPS, FINE_LEVELS) if fmt.grid.dimension == 1 else (VECTOR_STEPS, 1)
         self.start = start
-        self.best = positive(start, fmt)
+        self.best = usable(start, fmt)
         self.least = self.error(self.best)
 
     def run(self) -> Affine:
@@ -123,7 +135,7 @@ class _Search:
         """Parameters [blocks] of ranges given by factors float64 [sides, blocks]."""
         factors = factors.to(torch.float32)
         if self.sides == 1:
-            return positive(Affine(self.unit_scale * factors[0]), self.original)
+            return usable(Affine(self.unit_scale * factors[0]), self.original)
         lowest, highest = self.anchor - self.below * factors[0], self.anchor + self.above * factors[1]
         return ends_affine(lowest, highest, self.original)
 
@@ -182,4 +194,4 @@ class _Search:
             if self.original.offset is not None and self.original.offset.grid.highest <= 0:
                 offset = offset.clamp(max=0.0)
         scale = (self.best.scale * slope).to(torch.float32)
-        return positive(self.best._replace(scale=scale, offset=offset), self.original)
+        return usable(self.best._replace(scale=scale, offset=offset), self.original)

@@ -11,6 +11,7 @@ from isogrid.formats import Affine, Format, Quantized
 from isogrid.formats.granularity import Shape, blocks
 from isogrid.quantizers.estimators import Estimator
 from isogrid.quantizers.functional import Operand, fake_quantize, initial_tensors
+from isogrid.quantizers.nested import is_nested, refined
 from isogrid.quantizers.observer import Observer
 from isogrid.quantizers.ranges import Range
 
@@ -93,7 +94,10 @@ class Quantizer(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """The scale in use, float32, always positive: a learned one is kept above a small share of its start."""
+        """The scale in use, float32: a learned one keeps its sign, and more than a small share of its start.
+
+        It is positive, but for block formats whose scales have a sign.
+        """
         if self.scale_rule != "learned":
             return self.raw_scale
         return _floor(_whole(self.raw_scale).to(torch.float32), self.starting_scale * SMALLEST_SHARE)
@@ -214,8 +218,9 @@ class Quantizer(nn.Module):
 
     def _fitted(self, x: Tensor) -> Affine:
         scale_shape = self.format.scale_shape(tuple(x.shape))
-        rows = blocks(self.format.granularity.arrange(x.detach()).to(torch.float32), scale_shape)
-        return self.range.fit(rows, self.format).reshape(scale_shape)
+        arranged = self.format.granularity.arrange(x.detach()).to(torch.float32)
+        affine = self.range.fit(blocks(arranged, scale_shape), self.format).reshape(scale_shape)
+        return refined(arranged, self.format, affine) if self.range.refines and is_nested(self.format) else affine
 
     def _tensors(self, x: Tensor) -> dict[str, Tensor]:
         own = dict(self.tensors.named_parameters()) | dict(self.tensors.named_buffers())
@@ -238,11 +243,11 @@ class Quantizer(nn.Module):
 
 
 class _Floor(torch.autograd.Function):
-    """Values kept above a floor, the gradient passing as if they were not, so that a scale can climb back."""
+    """Values kept above a floor, or below a negative one, with the gradient passing, so that a scale can climb back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, floor: Tensor) -> Tensor:
-        return torch.maximum(x, floor)
+        return torch.where(floor < 0, torch.minimum(x, floor), torch.maximum(x, floor))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

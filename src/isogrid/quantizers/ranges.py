@@ -23,10 +23,10 @@ from isogrid.quantizers.fitting import (
     ends_affine,
     magnitudes,
     mean,
-    positive,
     quantile,
     root_mean_square,
     row_format,
+    usable,
 )
 from isogrid.quantizers.least_error import VECTORS, least_error_affine
 from isogrid.quantizers.nudged import nudged_affine
@@ -38,9 +38,11 @@ class Range:
 
     Class attributes:
         needs_histogram: whether more of the data counts than its extremes.
+        refines: whether scales on a shared scale are searched for again, together; see `isogrid.quantizers.nested`.
     """
 
     needs_histogram: ClassVar[bool] = True
+    refines: ClassVar[bool] = False
 
     def fit(self, rows: Tensor, fmt: Format, weights: Tensor | None = None) -> Affine:
         """The parameters of each row.
@@ -54,7 +56,7 @@ class Range:
         Returns:
             float32 parameters of shape [blocks], before the rounding of their storage; all None for a format
             without a scale. Scales are positive and finite: a row of zeros gets scale 1, which is as
-            good as any (grids without a zero and scales on a shared scale: see `fitting.positive`).
+            good as any (grids without a zero and scales on a shared scale: see `fitting.usable`).
 
         Raises:
             NonFiniteError: a value is NaN or infinite. AbsMax, MinMax, AbsMean, MeanMagnitude and RMS, which may run
@@ -72,7 +74,7 @@ class Range:
             raise NotCalibratedError("There are no values to choose a range from: the tensor is empty.")
         if rows.shape[0] == 0:
             return extremes_affine(rows.to(torch.float32), fmt)
-        return positive(self.choose(rows.to(torch.float32), fmt, weights), fmt)
+        return usable(self.choose(rows.to(torch.float32), fmt, weights), fmt)
 
     def choose(self, rows: Tensor, fmt: Format, weights: Tensor | None) -> Affine:
         """`fit` for float32 rows, before scales are made positive; subclasses define it."""
@@ -280,7 +282,8 @@ class MSE(Range):
     """The parameters with the least squared error, found by search; the default for scales that stay fixed.
 
     Errors are measured through the format's own arithmetic, with the rounding that storage does to each scale
-    (scales on a shared scale count as float32). On Gaussian data the published rules lose 1 to 13 dB to it.
+    (scales on a shared scale count as float32; quantizers refine them together). On Gaussian data the published rules
+    lose 1 to 13 dB to it.
 
     >>> from isogrid.formats import named_format
     >>> gaussian = torch.randn(1, 10000, generator=torch.Generator().manual_seed(0))
@@ -288,6 +291,8 @@ class MSE(Range):
     >>> MSE().fit(gaussian, two_bits).scale, MinMax().fit(gaussian, two_bits).scale
     (tensor([1.05...]), tensor([4.34...]))
     """
+
+    refines: ClassVar[bool] = True
 
     def choose(self, rows: Tensor, fmt: Format, weights: Tensor | None) -> Affine:
         check_finite(rows)
@@ -383,7 +388,7 @@ def _gaussian_multiple(fmt: Format) -> float:
 
 def _with_scale(scale: Tensor, rows: Tensor, fmt: Format) -> Affine:
     """A given scale [blocks], with min-max's zero point, or the offset that centres the grid on the extremes."""
-    affine = positive(Affine(scale), fmt)
+    affine = usable(Affine(scale), fmt)
     if fmt.zero_point is not None:
         return affine._replace(zero_point=extremes_affine(rows, fmt).zero_point)
     if fmt.offset is None or affine.scale is None:

@@ -14,7 +14,7 @@ from isogrid.targets.artifact import Artifact
 from isogrid.targets.runtime import LoadedModel
 
 ACTIVATIONS = {
-    **dict.fromkeys(("q4_0", "q5_0", "q8_0", "iq4_nl", "mxfp4", "nvfp4"), "q8_0"),
+    **dict.fromkeys(("q4_0", "q5_0", "q8_0", "iq4_nl", "mxfp4", "nvfp4", "q1_0", "q2_0"), "q8_0"),
     **dict.fromkeys(("q4_1", "q5_1"), "q8_1"),
     **dict.fromkeys(("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "tq1_0", "tq2_0"), "q8_k"),
     "float16": "float16",

@@ -18,7 +18,7 @@ def parameter_groups(
     """Groups for a torch optimizer: weights with decay, biases and norms without, scales by themselves.
 
     Adam moves every parameter by about its learning rate a step, whatever the gradient; so the learning rate of a scale
-    is a share of the scale itself: each quantizer gets a group with `scale_lr` times its mean scale.
+    is a share of the scale itself: each quantizer gets a group with `scale_lr` times its mean scale, of whatever sign.
 
     Args:
         model: prepared.
@@ -58,6 +58,6 @@ def parameter_groups(
                 "isogrid.calibrate(model, batches) first, or pass relative_scale_lr=False."
             )
         if parameters:
-            factor = float(quantizer.scale.detach().mean()) if relative_scale_lr else 1.0
+            factor = float(quantizer.scale.detach().abs().mean()) if relative_scale_lr else 1.0
             groups.append({"name": name, "params": parameters, "lr": scale_lr * factor, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]

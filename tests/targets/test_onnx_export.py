@@ -22,7 +22,7 @@ from isogrid.targets.onnx_runtime_session import (
     operator_counts,
     optimized_graph,
 )
-from tests.targets.integer_modules import FloatBetween, Residual, ReturnedAndRead, Various, recorded_codes
+from tests.targets.integer_modules import FloatBetween, Linear, Residual, ReturnedAndRead, Various, recorded_codes
 from tests.targets.observing import observed
 
 WEIGHT_TYPES = {(-128, 127): "INT8", (-8, 7): "INT4", (-1, 1): "INT2"}
@@ -71,6 +71,22 @@ def test_branches_sharing_and_narrow_grids(tmp_path: Path) -> None:
     assert counts.integer == {"QLinearConv": 2, "QGemm": 6}
     assert not counts.floating
     assert {"QLinearConcat", "QLinearAveragePool", "QLinearMul"} <= set(counts.other)
+
+
+@pytest.mark.parametrize("codes", list(WEIGHT_TYPES))
+def test_layers_with_equal_codes_and_scales_of_their_own(codes: tuple[int, int], tmp_path: Path) -> None:
+    """The file stores equal codes once; ONNX Runtime cannot turn one tensor into unsigned codes twice."""
+    torch.manual_seed(0)
+    module = nn.Sequential(*(Linear((8, 8), (0.1, 128), (0.1, 128), codes) for _ in range(3)))
+    module.append(Linear((8, 8), (0.1, 128), None, codes))
+    for layer in module[1:]:
+        layer.weight = module[0].weight.clone()
+    module[3].weight_scale = module[2].weight_scale.clone()
+    path = exported(module, torch.randn(3, 8), tmp_path)
+    assert_same_bits(module, path, torch.randn(5, 8))
+    assert sum(t.name.endswith(".weight") for t in onnx.load(path).graph.initializer) == 1
+    counts = operator_counts(optimized_graph(path, STATIC_OPTIONS))
+    assert counts.integer == {"QGemm": 4} and not counts.floating
 
 
 def test_what_is_float_between_quantised_tensors_stays_float(tmp_path: Path) -> None:

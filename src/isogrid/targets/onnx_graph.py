@@ -139,17 +139,19 @@ def prepare_weights(model: ir.Model) -> None:
 
     ONNX Runtime folds the cast when it loads the model and then uses its 8-bit kernels. INT2 needs opset 25.
     """
-    for node in list(model.graph):
+    readers: dict[ir.Value, list[ir.Node]] = {}
+    for node in model.graph:
         weight = node.inputs[0] if node.op_type in ("DequantizeLinear", "Gather") else None
-        if weight is None or weight.const_value is None or weight.const_value.dtype != ir.DataType.INT8:
-            continue
-        if node.op_type == "Gather":  # the table of an embedding
-            _pack(weight, weight.const_value.numpy(), model)
-            continue
-        # Small weights stay int8 in ONNX Runtime and may be shared; see _copies.
+        if weight is not None and weight.const_value is not None and weight.const_value.dtype == ir.DataType.INT8:
+            readers.setdefault(weight, []).append(node)
+    for weight, nodes in readers.items():
+        assert weight.const_value is not None
         codes = weight.const_value.numpy()
-        packed = _pack(weight, codes, model)
-        for dequantize in [node] if packed else [node, *_copies(node, weight, codes.shape, model.graph)]:
+        dequantizers = [node for node in nodes if node.op_type == "DequantizeLinear"]  # the others look up in a table
+        # Small weights stay int8 in ONNX Runtime and may be shared; see _copies.
+        if not _pack(weight, codes, model):
+            dequantizers += _copies(dequantizers, weight, codes.shape, model.graph)
+        for dequantize in dequantizers:
             if any(consumer.op_type == "Gemm" for consumer in dequantize.outputs[0].consumers()):
                 _give_zero_point(dequantize, model.graph)
 
@@ -168,21 +170,29 @@ def _pack(weight: ir.Value, codes: NDArray[np.int8], model: ir.Model) -> bool:
     return False
 
 
-def _copies(dequantize: ir.Node, weight: ir.Value, sizes: tuple[int, ...], graph: ir.Graph) -> list[ir.Node]:
-    """A weight of its own for each further consumer of a shared one, at the cost of two nodes.
+def _copies(
+    dequantizers: Sequence[ir.Node], weight: ir.Value, sizes: tuple[int, ...], graph: ir.Graph
+) -> list[ir.Node]:
+    """A weight of its own for each further consumer of a shared one, at the cost of two nodes; returns the new ones.
 
     ONNX Runtime turns every int8 weight into uint8 where the processor wants it, and fails when it has done so
     already. It folds the Reshape when it loads the model, before that; copies of the same weight it would merge again,
     so that each is a copy of the last.
     """
-    values, scale, name = dequantize.outputs[0], input_of(dequantize, 1), weight.name
-    others = values.consumers()[1:]
-    shape = ir.tensor(np.array(sizes, dtype=np.int64), name=f"{name}_shape")
-    shape_value = initializer(shape, graph) if others else None
+    consumers = [(node, consumer) for node in dequantizers for consumer in node.outputs[0].consumers()]
+    if len(consumers) < 2:
+        return []
+    name = weight.name
+    shape = initializer(ir.tensor(np.array(sizes, dtype=np.int64), name=f"{name}_shape"), graph)
+    (last, _), *others = consumers
     copies = []
-    for number, consumer in enumerate(others, 2):
-        weight = insert(graph, dequantize, "Reshape", [weight, shape_value], {}, f"{name}_{number}")
-        attributes = dict(dequantize.attributes)
+    for number, (dequantize, consumer) in enumerate(others, 2):
+        weight = insert(graph, dequantize, "Reshape", [weight, shape], {}, f"{name}_{number}")
+        if dequantize is not last:  # its first consumer
+            dequantize.replace_input_with(0, weight)
+            last = dequantize
+            continue
+        attributes, scale, values = dict(dequantize.attributes), input_of(dequantize, 1), dequantize.outputs[0]
         copy = insert(graph, dequantize, "DequantizeLinear", [weight, scale], attributes, f"{name}_{number}_values")
         for index, value in enumerate(consumer.inputs):
             if value is values:
@@ -194,7 +204,8 @@ def _copies(dequantize: ir.Node, weight: ir.Value, sizes: tuple[int, ...], graph
 def _give_zero_point(dequantize: ir.Node, graph: ir.Graph) -> None:
     """ONNX Runtime fuses a Gemm only if its weight has a zero point, and one of its own at that."""
     zeros = np.zeros_like(input_of(dequantize, 1).const_value, dtype=np.int8)
-    zero_point = initializer(ir.tensor(zeros, name=f"{input_of(dequantize, 0).name}_zero_point"), graph)
+    name = unique(f"{input_of(dequantize, 0).name}_zero_point", set(graph.initializers))
+    zero_point = initializer(ir.tensor(zeros, name=name), graph)
     dequantize.resize_inputs(3)
     dequantize.replace_input_with(2, zero_point)
 

@@ -12,6 +12,8 @@ from isogrid.verification.survey import Work
 PLANNED = {"static": "integer", "dynamic": "integer", "weight_only": "float"}
 """In which arithmetic a layer multiplies, by what its plan says."""
 
+UNREAD = "nothing: no output depends on it"
+
 
 def check_graph(
     work: Sequence[Work],
@@ -24,7 +26,8 @@ def check_graph(
 
     A planned layer or matrix product must run under its own name in the arithmetic that was planned, and so must
     planned operations such as additions. Whatever else multiplies was left in float, and must still be: a runtime that
-    turns a float product into an integer one computes what nobody trained for.
+    turns a float product into an integer one computes what nobody trained for. What no output depends on, and what is
+    computed again, may be missing.
 
     Args:
         work: the calls that multiply in the reference.
@@ -37,10 +40,13 @@ def check_graph(
     planned |= {_path(operation): "integer" for operation in plan.operations if operation.kind == "matmul"}
     by_name = {operator.name: operator for operator in operators if operator.name}
     checks, unmatched = [], []
-    for layer, path, total in work:
+    for layer, path, total, read, repeated in work:
         macs = total // max(1, examples)
         found = by_name.pop(layer or "", None)
-        if found is not None or site_of(path) in planned:
+        if found is None and not (read and not repeated):
+            operator = "the same as before, once" if read else UNREAD
+            checks.append(GraphCheck(site_of(layer or path), operator, "no", "no", macs))
+        elif found is not None or site_of(path) in planned:
             checks.append(_check(site_of(layer or path), found, planned.get(site_of(path), "float"), macs))
         else:
             unmatched.append((layer or path, macs))

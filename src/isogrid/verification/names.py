@@ -18,6 +18,15 @@ def site_of(name: str) -> str:
     return name.replace("operations.sites.", "")
 
 
+def first_call(site: str) -> str:
+    """A site's name, of a quantised tensor of any of its calls.
+
+    >>> first_call("fc.input_2"), first_call("matmul_1.input0")
+    ('fc.input', 'matmul_1.input0')
+    """
+    return re.sub(r"_\d+$", "", site)
+
+
 class Names:
     """The names that an exported graph gives to the calls of one run: a second call of `fc` is `fc_2`.
 

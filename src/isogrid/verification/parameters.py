@@ -1,6 +1,6 @@
 """Stored tensors: what the file holds against what the model holds."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,9 @@ from isogrid.verification.report import ParameterCheck
 from isogrid.verification.tally import Tally
 
 
-def check_parameters(reference: nn.Module, stored: Mapping[str, Tensor]) -> tuple[ParameterCheck, ...]:
+def check_parameters(
+    reference: nn.Module, stored: Mapping[str, Tensor], unread: Collection[str] = ()
+) -> tuple[ParameterCheck, ...]:
     """Weight codes, scales, zero points and bias codes, each by its name in the file.
 
     Tensors that equal others may be stored once, under another's name. One that is nowhere in the file is missing;
@@ -19,6 +21,7 @@ def check_parameters(reference: nn.Module, stored: Mapping[str, Tensor]) -> tupl
     Args:
         reference: of `isogrid.convert`.
         stored: the tensors of the file.
+        unread: paths of modules that no output depends on, which a file need not have.
     """
     checks, missing = [], []
     values = list(stored.values())
@@ -27,7 +30,7 @@ def check_parameters(reference: nn.Module, stored: Mapping[str, Tensor]) -> tupl
             tally = Tally()
             tally.add(stored[name].reshape(-1), expected.reshape(-1))
             checks.append(ParameterCheck(name, *tally.counts))
-        elif not any(_equal(value, expected) for value in values):
+        elif name.rpartition(".")[0] not in unread and not any(_equal(value, expected) for value in values):
             missing.append(ParameterCheck(name, expected.numel(), expected.numel(), missing=True))
     return (*checks, *missing)
 

@@ -18,6 +18,8 @@ SHOWN_FAILURES = 12
 def printed(report: "VerificationReport") -> Iterator[RenderableType]:
     """The table, and below it what fails, the cause first."""
     yield report_table(report)
+    if report.unread:
+        yield Text(f"not in the artefact, for no output depends on them: {', '.join(report.unread)}")
     failures = report.failures
     for number, line in enumerate(failures[:SHOWN_FAILURES]):
         yield Text(f"{'FAILS' if number == 0 else ' then'}: {line}", style="bold red" if number == 0 else "red")

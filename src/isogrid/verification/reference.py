@@ -40,8 +40,8 @@ class View:
     def started(self, path: str, layer: str | None) -> None:
         """A module's call begins; `layer` is its name in the graph where it is a layer that multiplies."""
 
-    def finished(self) -> None:
-        """The call that began last is over."""
+    def finished(self, result: Any) -> None:
+        """The call that began last is over, with this result."""
 
     def codes(self, name: str, codes: Tensor, source: Quantization | None) -> Tensor:
         """At a quantised tensor; the run goes on with the codes returned. `source` is None behind integer kernels."""
@@ -72,7 +72,7 @@ def viewed(reference: nn.Module, view: View) -> Iterator[None]:
         return (view.entering(layer, args[0]),)
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
-        view.finished()
+        view.finished(output)
         return view.leaving(layers.pop(), module, args[0], output) if isinstance(module, PackedLinear) else None
 
     def watch(name: str, codes: Tensor) -> Tensor:

@@ -201,6 +201,7 @@ class VerificationReport:
         parameters, graph, replays, sites, outputs: the checks.
         end_to_end: of whole outputs.
         problems: what no check can hold, such as a site that the file does not have.
+        unread: sites that the file does not have, for no output depends on them.
     """
 
     artifact: str
@@ -212,6 +213,7 @@ class VerificationReport:
     outputs: tuple[OutputCheck, ...]
     end_to_end: EndToEnd
     problems: tuple[str, ...] = field(default=())
+    unread: tuple[str, ...] = field(default=())
 
     @property
     def exact(self) -> bool:

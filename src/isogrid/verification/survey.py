@@ -3,6 +3,9 @@
 Two things decide which bound can be demanded of a value: whether it depends on the inputs through integers and exact
 operations alone, so that every machine computes the same bits; and how many float operations lie between it and the
 last point where verification looks, for each may round in its own order.
+
+And an artefact need not have everything: exporters leave out what no output depends on, compute what no input changes
+beforehand, and what is computed twice once.
 """
 
 from collections.abc import Callable
@@ -17,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from isogrid.planning.values import tensors_in
+from isogrid.verification.flow import Flow
 from isogrid.verification.reference import Quantization, View, viewed
 
 EXACT_OPERATIONS = frozenset(
@@ -59,11 +63,15 @@ class Work(NamedTuple):
         layer: name of the layer, with a number behind it for further calls; None for a function such as matmul.
         path: of the layer, or of the module that calls the function.
         macs: multiplications with accumulation, for the whole batch.
+        read: whether an output depends on the result.
+        repeated: whether an earlier call computes the same.
     """
 
     layer: str | None
     path: str
     macs: int
+    read: bool = True
+    repeated: bool = False
 
 
 @dataclass
@@ -74,6 +82,9 @@ class Survey(View):
         reproduced: whether the runtime's rounding is reproduced to the last bit.
         codes_from: the origin of the values that each quantised tensor was made of.
         constants: names of quantised tensors that no input of the model changes.
+        unread: names of quantised tensors that no output depends on.
+        unread_modules: paths of the modules whose results no output depends on.
+        computed: for each quantised tensor, a number that it shares with those that are the same computation.
         layers_from: the origin of the input of each packed layer.
         outputs: the origin of each output.
         work: the calls that multiply, in order.
@@ -82,6 +93,9 @@ class Survey(View):
     reproduced: bool = True
     codes_from: dict[str, Origin] = field(default_factory=dict)
     constants: set[str] = field(default_factory=set)
+    unread: set[str] = field(default_factory=set)
+    unread_modules: set[str] = field(default_factory=set)
+    computed: dict[str, int] = field(default_factory=dict)
     layers_from: dict[str, Origin] = field(default_factory=dict)
     outputs: list[Origin] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
@@ -89,18 +103,25 @@ class Survey(View):
     def __post_init__(self) -> None:
         self._tracker = _Tracker(self._multiplied, self.reproduced)
         self._calls: list[Work] = []
+        self._marks: dict[str, int] = {}
+        self._module_marks: dict[str, int] = {}
+        self._work_marks: list[int] = []
 
     def started(self, path: str, layer: str | None) -> None:
         self._calls.append(Work(layer, path, 0))
 
-    def finished(self) -> None:
-        self._calls.pop()
+    def finished(self, result: Any) -> None:
+        path = self._calls.pop().path
+        tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self._module_marks[path] = self._module_marks.get(path, 0) | self._tracker.flow.mark(tensors)
 
     def codes(self, name: str, codes: Tensor, source: Quantization | None) -> Tensor:
         values = codes if source is None else source.x
         self.codes_from.setdefault(name, self._tracker.origin(values))
         if not self._tracker.varies(values):
             self.constants.add(name)
+        self.computed[name] = self._tracker.flow.number(codes)
+        self._marks[name] = self._tracker.flow.mark([codes])
         return codes
 
     def entering(self, name: str, x: Tensor) -> Tensor:
@@ -114,9 +135,15 @@ class Survey(View):
         with torch.no_grad(), viewed(reference, self), self._tracker:
             result = run(inputs)
         self.outputs = [self._tracker.origin(x) for x in tensors_in(result)]
+        reaching = self._tracker.flow.reaching(x for x in tree_leaves(result) if isinstance(x, Tensor))
+        self.unread = {name for name, bits in self._marks.items() if not bits & reaching}
+        self.unread_modules = {path for path, bits in self._module_marks.items() if not bits & reaching}
+        read = (bool(bits & reaching) for bits in self._work_marks)
+        self.work = [work._replace(read=is_read) for work, is_read in zip(self.work, read, strict=True)]
 
-    def _multiplied(self, macs: int) -> None:
-        self.work.append(self._calls[-1]._replace(macs=macs))
+    def _multiplied(self, macs: int, results: list[Tensor], repeated: bool) -> None:
+        self.work.append(self._calls[-1]._replace(macs=macs, repeated=repeated))
+        self._work_marks.append(self._tracker.flow.mark(results))
 
 
 def survey(reference: nn.Module, run: Run, inputs: tuple[Any, ...], reproduced: bool = True) -> Survey:
@@ -140,9 +167,10 @@ def survey(reference: nn.Module, run: Run, inputs: tuple[Any, ...], reproduced: 
 class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows values through operations."""
 
-    def __init__(self, multiplied: Callable[[int], None], reproduced: bool) -> None:
+    def __init__(self, multiplied: Callable[[int, list[Tensor], bool], None], reproduced: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.multiplied, self.reproduced = multiplied, reproduced
+        self.multiplied, self.reproduced, self.flow = multiplied, reproduced, Flow()
+        self._seen: set[int] = set()
         self._origins: dict[int, Origin] = {}
         self._varying: set[int] = set()
         self._alive: list[Any] = []  # keeps Python from giving an id to another tensor
@@ -164,8 +192,10 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         before, varies = [self.origin(x) for x in operands], any(self.varies(x) for x in operands)
+        computation = self.flow.before(func, args, kwargs)
         result = func(*args, **kwargs)
         tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.flow.after(computation, func, operands, tensors)
         macs = _macs(func, args, kwargs, result)
         exact = all(origin.exact for origin in before)
         depth = max((origin.depth for origin in before), default=0.0)
@@ -182,7 +212,9 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if varies:
                 self._varying.add(id(tensor))
         if macs:
-            self.multiplied(macs)
+            number = self.flow.number(tensors[0])
+            self.multiplied(macs, tensors, number in self._seen)
+            self._seen.add(number)
         return result
 
 

@@ -18,7 +18,7 @@ from isogrid.planning.state import prepared_state
 from isogrid.planning.values import tensors_in
 from isogrid.targets import Artifact, LoadedModel, Observed, load_artifact, read_artifact
 from isogrid.verification.graph import check_graph
-from isogrid.verification.names import Paths, site_of
+from isogrid.verification.names import Paths, first_call, site_of
 from isogrid.verification.outputs import Metric, Outputs, batch_size
 from isogrid.verification.parameters import check_parameters
 from isogrid.verification.reference import Quantization, View, viewed
@@ -126,7 +126,7 @@ class _Verification:
         return VerificationReport(
             artifact=str(self.loaded.artifact.path),
             target=self.loaded.artifact.target,
-            parameters=check_parameters(self.reference, self.stored),
+            parameters=check_parameters(self.reference, self.stored, self._unread_modules()),
             graph=check_graph(self.survey.work, batch_size(self.first), operators, producers, self.plan),
             replays=tuple(self.replays.checks({name: op.operator for name, op in producers.items()})),
             sites=tuple(
@@ -135,7 +135,28 @@ class _Verification:
             outputs=self.outputs.checks(),
             end_to_end=self.outputs.result(),
             problems=tuple(self._problems()),
+            unread=tuple(site for site in self._missing() if site in self._unread()),
         )
+
+    def _missing(self) -> list[str]:
+        """Sites that the artefact has under no name."""
+        computed = self.survey.computed
+        present = {computed[name] for name in computed if site_of(name) in self.sites}
+        # What is computed twice, the exporter computes once. What no input changes, it computes beforehand: what is
+        # made of it shows whether that is right.
+        again = {site_of(name) for name, number in computed.items() if number in present}
+        seen = self.sites.keys() | again | {site_of(name) for name in self.survey.constants}
+        return [site.name for site in self.plan.sites if site.kind != "weight" and site.name not in seen]
+
+    def _unread(self) -> set[str]:
+        """Sites that no output depends on, in any call."""
+        read = {first_call(site_of(name)) for name in self.survey.computed.keys() - self.survey.unread}
+        return {site_of(name) for name in self.survey.unread} - read
+
+    def _unread_modules(self) -> set[str]:
+        """Modules that no output depends on, in any call."""
+        codes = {name.rpartition(".")[0] for name in self.survey.computed.keys() - self.survey.unread}
+        return self.survey.unread_modules - codes
 
     def _problems(self) -> Iterator[str]:
         """What only one side knows."""
@@ -144,11 +165,10 @@ class _Verification:
         runtime, reference = self.output_counts
         if runtime != reference:
             yield f"the artefact has {runtime} outputs and the model {reference}"
-        # What no input changes, the exporter computes beforehand: what is made of it shows whether that is right.
-        seen = self.sites.keys() | {site_of(name) for name in self.survey.constants}
-        for site in self.plan.sites:
-            if site.kind != "weight" and site.name not in seen:
-                yield f"site {site.name}: the artefact does not quantise it"
+        unread = self._unread()
+        for site in self._missing():
+            if site not in unread:
+                yield f"site {site}: the artefact does not quantise it"
         for name in sorted(self.unknown):
             yield f"quantised tensor {name}: only the artefact has it, not the model"
 

@@ -155,7 +155,15 @@ def attempt(name: str) -> Row:
     integer = [(check.name, check.macs * examples) for check in report.graph if check.arithmetic == "integer"]
     own = sum(macs for path, macs in integer if path in layers or path.rpartition("_")[0] in layers)
     # The integer form of a transposed convolution multiplies by zeros too: what is left in float is held against that.
-    floats = [(check.name, check.macs * examples) for check in report.graph if check.arithmetic != "integer"]
+    floats = [
+        (check.name, check.macs * examples)
+        for check in report.graph
+        if check.arithmetic != "integer" and check.planned != "no"
+    ]
+    # What no output depends on, such as a head for training, is in no file and does not count.
+    unread = [(check.name, check.macs * examples) for check in report.graph if check.planned == "no"]
+    of_layers -= sum(macs for path, macs in unread if path in layers)
+    of_all -= sum(macs for _, macs in unread)
     modules = {path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
     of_layers = max(of_layers, own + sum(macs for path, macs in floats if path in modules))
     of_all = max(of_all, sum(macs for _, macs in (*integer, *floats)))

@@ -157,7 +157,7 @@ def survey(reference: nn.Module, run: Run, inputs: tuple[Any, ...], reproduced: 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
     >>> found = survey(model, lambda inputs: model(*inputs), (torch.zeros(2, 4),))
     >>> found.outputs, found.work
-    ([Origin(exact=False, depth=1.0)], [Work(layer='0', path='0', macs=24)])
+    ([Origin(exact=False, depth=1.0)], [Work(layer='0', path='0', macs=24, read=True, repeated=False)])
     """
     found = Survey(reproduced)
     found.fill(reference, run, inputs)

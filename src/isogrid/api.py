@@ -42,6 +42,7 @@ def plan(
     rules: Sequence[Rule] = (),
     *,
     example_inputs: Sequence[Any] | Mapping[str, Any],
+    strict: bool = False,
 ) -> Plan:
     """Decide for every weight and activation of a model in which format it is stored, and say why.
 
@@ -55,6 +56,8 @@ def plan(
         example_inputs: arguments of the model's forward: a tuple, or a dictionary of keyword arguments. They are
             tensors, None, numbers, strings, and tuples, lists and dictionaries of these; all but the tensors are fixed
             from then on.
+        strict: an error where the scheme's format does not fit a weight. Otherwise schemes for llama.cpp fall back to
+            another format as it does, with the reason in the plan; all other schemes are strict in any case.
 
     Returns:
         A plan; `print(plan)` shows every site with its format and reason, and all that stays float.
@@ -81,7 +84,7 @@ def plan(
     with apart(model):
         graph = capture(model, example_inputs)
         with lending(model, graph.lent):
-            return Placement(model, graph, runtime, chosen, tuple(rules), arguments).plan()
+            return Placement(model, graph, runtime, chosen, tuple(rules), arguments, strict).plan()
 
 
 def export(model: nn.Module, path: str | Path) -> Artifact:

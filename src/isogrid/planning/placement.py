@@ -18,9 +18,11 @@ from isogrid.planning.arguments import Arguments
 from isogrid.planning.chains import Chain, fused_additions, nonnegative
 from isogrid.planning.graph import COMPUTING_KINDS, LAYER_KINDS, Call, Graph
 from isogrid.planning.grids import Grids, Owner
+from isogrid.planning.mixtures import Assigned, assign
 from isogrid.planning.neighbours import neighbours_at_work
 from isogrid.planning.norms import as_convolutions, lone_norms
 from isogrid.planning.plan import LayerPlan, OperationPlan, Plan, Site
+from isogrid.planning.roles import Weight
 from isogrid.planning.routers import routers
 from isogrid.planning.rules import Rule, Scheme, unmatched_rule_error
 from isogrid.planning.stubs import outside_stubs
@@ -50,6 +52,7 @@ class Placement:
 
     Attributes:
         model, graph, target, scheme, rules, arguments: what is given.
+        strict: a format of the scheme that does not fit a weight is an error, also where another stands in for it.
         choices: what is quantised, by name.
         floats: what a rule or the target keeps in float, with the reason.
     """
@@ -60,6 +63,7 @@ class Placement:
     scheme: Scheme
     rules: Sequence[Rule]
     arguments: Arguments
+    strict: bool = False
     choices: dict[str, Choice] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)
     _norms: set[str] = field(default_factory=set)
@@ -106,7 +110,7 @@ class Placement:
                     refused.setdefault(index, f"asks to quantise {name!r}, but {why}. Keep it float")
                     continue
             else:
-                self.choices[name] = self._choice(rule)
+                self.choices[name] = self._choice(name, rule)
             used.add(index)
 
     def _why_float(self, calls: Sequence[Call]) -> str | None:
@@ -125,8 +129,33 @@ class Placement:
     def _routers(self) -> dict[str, str]:
         return routers(self.model, self.graph)
 
-    def _choice(self, rule: Rule | None) -> Choice:
-        weight = (rule and rule.weight) or self.scheme.weight
+    @cached_property
+    def _assigned(self) -> dict[str, Assigned]:
+        """What the scheme's mixture stores layers in, and what stands in where rows do not fit."""
+        if self.scheme.mixture is None and not self.scheme.falls_back:
+            return {}
+        first: dict[Hashable, str] = {}
+        weights = []
+        for name, calls in self.graph.by_name.items():
+            if calls[0].kind in LAYER_KINDS and self._why_float(calls) is None:
+                owner = first.setdefault(weight_key(self.model.get_submodule(name)), name)
+                weights.append(Weight(name, calls[0].kind, tuple(self._weight(name).shape), owner))
+        return assign(self.scheme.mixture, self.scheme.weight, weights)
+
+    def _of_scheme(self, name: str) -> tuple[str, str]:
+        """The format that the scheme stores a layer in, and why it is not the scheme's first."""
+        assigned = self._assigned.get(name, Assigned(self.scheme.weight))
+        if self.strict and assigned.instead_of:
+            raise FormatError(
+                f"{name!r}, strictly planned: {assigned.reason}. Plan without strict=True to have it so, or write a "
+                "rule that names a format which fits, or keeps the layer in float."
+            )
+        return assigned.weight, assigned.reason
+
+    def _choice(self, name: str, rule: Rule | None) -> Choice:
+        asked = None if rule is None else rule.weight
+        weight, why = self._of_scheme(name) if asked is None else (asked, "")
+        who = f"scheme {self.scheme.name}" if rule is None else f"rule {rule.match!r}"
         estimator = None if rule is None else rule.estimator
         learns = estimator is None or "scale" in estimator_from_name(estimator).learns
         has_scale = named_format(weight).scale is not None
@@ -137,7 +166,7 @@ class Placement:
             scale=scale,
             estimator=estimator or ("lsq" if scale == "learned" else "ste"),
             range=(rule and rule.range) or "mse",
-            reason=f"scheme {self.scheme.name}" if rule is None else f"rule {rule.match!r}",
+            reason=f"{who}: {why}" if why else who,
         )
 
     def _static_plan(self) -> Plan:

@@ -93,6 +93,9 @@ class Scheme:
         inputs: format of activations that no quantised layer has made, where it is another one.
         least_product: linear layers with fewer inputs or outputs stay float.
         keeps_heads: layers whose output leaves the model stay float.
+        mixture: which layers take other formats than `weight`, a key of `isogrid.planning.mixtures.MIXTURES`.
+        falls_back: rows that a format's blocks do not divide are stored in another one, as llama.cpp has it, instead of
+            being an error.
     """
 
     name: str
@@ -106,32 +109,43 @@ class Scheme:
     inputs: str | None = None
     least_product: int = 0
     keeps_heads: bool = False
+    mixture: str | None = None
+    falls_back: bool = False
 
 
 _SEVEN_BITS = "8-bit weights, activations of 7 bits (0..127), whose products no x86 CPU lets overflow"
 
 _OF_LLAMA_CPP = (
-    ("f16", "float16", "weights and activations of every product in float16"),
-    ("bf16", "bfloat16", "weights and activations of every product in bfloat16"),
-    ("q8_0", "q8_0", "8-bit weights in blocks of 32"),
-    ("q5_0", "q5_0", "5-bit weights in blocks of 32"),
-    ("q5_1", "q5_1", "5-bit weights in blocks of 32, with minima"),
-    ("q4_0", "q4_0", "4-bit weights in blocks of 32"),
-    ("q4_1", "q4_1", "4-bit weights in blocks of 32, with minima"),
-    ("iq4_nl", "iq4_nl", "16 uneven values in blocks of 32"),
-    ("mxfp4", "mxfp4", "4-bit floats in blocks of 32 on powers of two"),
-    ("nvfp4", "nvfp4", "4-bit floats in blocks of 16 on 8-bit floats"),
-    ("q6_k", "q6_k", "6-bit weights in super-blocks of 256"),
-    ("q5_k", "q5_k", "5-bit weights in super-blocks of 256, with minima"),
-    ("q4_k", "q4_k", "4-bit weights in super-blocks of 256, with minima"),
-    ("q3_k", "q3_k", "3-bit weights in super-blocks of 256"),
-    ("q2_k", "q2_k", "2-bit weights in super-blocks of 256, with minima"),
-    ("tq1_0", "tq1_0", "weights -1, 0, 1 in blocks of 256, five in a byte"),
-    ("tq2_0", "tq2_0", "weights -1, 0, 1 in blocks of 256, four in a byte"),
-    ("q2_0", "q2_0", "weights -1, 0, 1, 2 in blocks of 64"),
-    ("q1_0", "q1_0", "weights -1, 1 in blocks of 128"),
+    ("f16", "float16", None, "weights and activations of every product in float16"),
+    ("bf16", "bfloat16", None, "weights and activations of every product in bfloat16"),
+    ("q8_0", "q8_0", "q8_0", "8-bit weights in blocks of 32"),
+    ("q6_k", "q6_k", "q6_k", "6-bit weights in super-blocks of 256"),
+    ("q5_k_m", "q5_k", "q5_k_m", "5-bit weights in super-blocks, the sensitive layers with 6 bits"),
+    ("q5_k", "q5_k", "q5_k_m", "the same as q5_k_m"),
+    ("q5_k_s", "q5_k", "q5_k_s", "5-bit weights in super-blocks of 256"),
+    ("q5_1", "q5_1", "q5_1", "5-bit weights in blocks of 32, with minima"),
+    ("q5_0", "q5_0", "q5_0", "5-bit weights in blocks of 32"),
+    ("ud-q4_k_xl", "q4_k", "ud-q4_k_xl", "4-bit weights in super-blocks, sensitive layers with 5 and 6 bits"),
+    ("q4_k_m", "q4_k", "q4_k_m", "4-bit weights in super-blocks, the sensitive layers with 6 bits"),
+    ("q4_k", "q4_k", "q4_k_m", "the same as q4_k_m"),
+    ("q4_k_s", "q4_k", "q4_k_s", "4-bit weights in super-blocks, the first values and feed-forward layers with 5 bits"),
+    ("q4_1", "q4_1", "q4_1", "4-bit weights in blocks of 32, with minima"),
+    ("q4_0", "q4_0", "q4_0", "4-bit weights in blocks of 32"),
+    ("iq4_nl", "iq4_nl", "iq4_nl", "16 uneven values in blocks of 32"),
+    ("mxfp4", "mxfp4", None, "4-bit floats in blocks of 32 on powers of two"),
+    ("nvfp4", "nvfp4", None, "4-bit floats in blocks of 16 on 8-bit floats"),
+    ("q3_k_l", "q3_k", "q3_k_l", "3-bit weights in super-blocks, half of the layers with 5 bits"),
+    ("q3_k_m", "q3_k", "q3_k_m", "3-bit weights in super-blocks, half of the layers with 4 bits"),
+    ("q3_k", "q3_k", "q3_k_m", "the same as q3_k_m"),
+    ("q3_k_s", "q3_k", "q3_k_s", "3-bit weights in super-blocks of 256"),
+    ("q2_k", "q2_k", "q2_k", "2-bit weights in super-blocks, half of the layers with 3 bits"),
+    ("q2_k_s", "q2_k", "q2_k_s", "2-bit weights in super-blocks, the first feed-forward layers with 4 bits"),
+    ("q2_0", "q2_0", "q2_0", "weights -1, 0, 1, 2 in blocks of 64"),
+    ("tq2_0", "tq2_0", "tq2_0", "weights -1, 0, 1 in blocks of 256, four in a byte"),
+    ("tq1_0", "tq1_0", "tq1_0", "weights -1, 0, 1 in blocks of 256, five in a byte"),
+    ("q1_0", "q1_0", "q1_0", "weights -1, 1 in blocks of 128"),
 )
-"""Every weight in one type, under llama.cpp's name for it."""
+"""Under llama-quantize's names, with its mixtures: name, format, mixture, description."""
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
@@ -172,7 +186,10 @@ SCHEMES: dict[str, Scheme] = {
             first_and_last="int8/channel:scale=e8m0",
             inputs="int8/tensor:scale=e8m0",
         ),
-        *(Scheme(name, weight, None, "dynamic", what, target="llamacpp") for name, weight, what in _OF_LLAMA_CPP),
+        *(
+            Scheme(name, weight, None, "dynamic", what, target="llamacpp", mixture=mixture, falls_back=True)
+            for name, weight, mixture, what in _OF_LLAMA_CPP
+        ),
     )
 }
 """The schemes by name."""

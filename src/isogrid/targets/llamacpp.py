@@ -23,6 +23,12 @@ ACTIVATIONS = {
 """The activation rule that goes with a weight's format: `vec_dot_type` of `type_traits_cpu` in ggml-cpu.c."""
 
 
+POSITIONS = frozenset(
+    {"wpe", "position_embeddings", "position_embedding", "embed_positions", "token_type_embeddings"}
+)
+"""What models call the embeddings that llama.cpp never quantises."""
+
+
 class LlamaCpp:
     """The target `llamacpp`.
 
@@ -46,7 +52,9 @@ class LlamaCpp:
         return scheme
 
     def supports(self, call: Call, scheme: Scheme) -> str | None:
-        """None for linear layers and embeddings."""
+        """None for linear layers and embeddings of tokens."""
+        if call.name.rpartition(".")[2] in POSITIONS:
+            return "llama.cpp keeps embeddings of positions and of token types in float"
         if call.kind == "linear" or call.type == "Embedding":
             return None
         return f"llama.cpp's block formats store linear layers and embeddings, and this is {call.type}"

@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from isogrid.errors import CheckpointError
+from isogrid.errors import CheckpointError, IsogridError
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -38,6 +38,8 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         rename(temporary, path)
+    except IsogridError:  # of what is being written, which says itself what to do
+        raise
     except Exception as error:
         # safetensors reports a full disk as an error of its own, so the kind of exception says little here.
         raise CheckpointError(f"Cannot write {path}: {error}. What was there before is untouched.") from error

@@ -12,7 +12,7 @@ def export(
         typer.Argument(help="Folder of a run, its checkpoint, or the recipe it was trained by.", show_default=False),
     ],
     output: Annotated[
-        Path | None, typer.Option(help="File to write; model.onnx in the run's folder by default.")
+        Path | None, typer.Option(help="File to write; by default model with the target's suffix, in the run's folder.")
     ] = None,
 ) -> None:
     """Write the artefact of a trained checkpoint for its target.
@@ -25,7 +25,7 @@ def export(
     from isogrid.report import words
 
     found = find_run(source)
-    artifact = export_model(found.trained_model(), output or found.artifact)
+    artifact = export_model(found.trained_model(), output or found.artifact(found.saved_recipe().runtime))
     console.print(
         f"{artifact.path}: {words.size(artifact.size_bytes)}, {artifact.plan.scheme} for {artifact.target}; "
         f"{artifact.path.name}.json beside it says how to run it.",

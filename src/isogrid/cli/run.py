@@ -9,6 +9,9 @@ from isogrid.cli.options import Recipe, Settings
 
 def run(
     recipe: Recipe,
+    demo: Annotated[bool, typer.Option("--demo", help="With the recipe's built-in model and data.")] = False,
+    model: Annotated[str | None, typer.Option(help="A language model of Hugging Face: its name or folder.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text files to train it on, such as 'texts/*.txt'.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw an earlier run in the folder away.")] = False,
     settings: Settings = None,
@@ -19,16 +22,17 @@ def run(
     Several processes: torchrun --nproc-per-node 2 -m isogrid run RECIPE.
 
     [bold]Example:[/bold] isogrid run digits-w4a8 --set training.epochs=5 --set output=runs/short
+    [bold]Example:[/bold] isogrid run llama-q4_0 --demo
     """
     import os
 
     from isogrid.cli.console import Bars, errors, output
-    from isogrid.recipes.loading import load_recipe
+    from isogrid.recipes.loading import language_settings, load_recipe
     from isogrid.recipes.progress import Silent
     from isogrid.recipes.runner import run as run_recipe
     from isogrid.report import results_table
 
-    loaded = load_recipe(recipe, settings or ())
+    loaded = load_recipe(recipe, [*language_settings(model, text), *(settings or ())], demo=demo)
     if int(os.environ.get("RANK", "0")):  # torchrun numbers its processes; the first one speaks for all
         run_recipe(loaded, resume=resume, restart=restart, progress=Silent())
         return

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from isogrid.errors import RecipeError
@@ -55,10 +55,18 @@ class Data:
                 raise RecipeError(f"The {name} data are empty. Give at least one example.")
 
     @property
-    def example_inputs(self) -> tuple[Any, ...]:
+    def example_inputs(self) -> tuple[Any, ...] | dict[str, Any]:
         """The inputs of the first training examples as a batch: two, for with one a batch looks like a constant."""
         batch = collate(self.train, range(min(2, size(self.train))))
         return tuple(batch[:-1])
+
+    @property
+    def pace(self) -> tuple[int, str]:
+        """What the progress of training is counted in: how many of it an example has, and what it is called."""
+        return 1, "examples"
+
+    def check(self, model: nn.Module) -> None:
+        """Raise RecipeError where a model cannot work on these data; ordinary data do not know."""
 
     def test_batches(self, batch_size: int = 256) -> Iterator[tuple[Any, ...]]:
         """The test data in order: tuples (inputs..., target)."""

@@ -13,14 +13,18 @@ from isogrid.files import write_json
 from isogrid.recipes.loading import load_recipe
 from isogrid.recipes.schema import Recipe
 from isogrid.recipes.stages import new_model
+from isogrid.recipes.tokens import pretrained_tokenizer
 from isogrid.training.checkpoint import MANIFEST
+
+SUFFIXES = {"executorch": ".pte", "litert": ".tflite", "llamacpp": ".gguf", "torch-export": ".pt2", "vllm": ""}
+"""Of the files of targets that do not take ONNX; a folder has none."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """Where the files of a run are.
 
-    >>> RunFolder(Path("runs/digits-w4a8")).artifact.as_posix()
+    >>> RunFolder(Path("runs/digits-w4a8")).artifact("onnxruntime").as_posix()
     'runs/digits-w4a8/model.onnx'
     """
 
@@ -37,6 +41,11 @@ class RunFolder:
         return self.path / "float.safetensors"
 
     @property
+    def tokenizer(self) -> Path:
+        """Folder of a language model's tokenizer."""
+        return self.path / "tokenizer"
+
+    @property
     def checkpoint(self) -> Path:
         """Folder of the last checkpoint."""
         return self.path / "checkpoint"
@@ -46,10 +55,9 @@ class RunFolder:
         """Folder of event files."""
         return self.path / "tensorboard"
 
-    @property
-    def artifact(self) -> Path:
-        """The exported model."""
-        return self.path / "model.onnx"
+    def artifact(self, target: str) -> Path:
+        """The model as exported for a target."""
+        return self.path / f"model{SUFFIXES.get(target, '.onnx')}"
 
     @property
     def has_checkpoint(self) -> bool:
@@ -71,7 +79,10 @@ class RunFolder:
 
     def trained_model(self) -> nn.Module:
         """The prepared model as the last checkpoint has it, in evaluation mode."""
-        return restore(new_model(self.saved_recipe()), self.checkpoint).eval()
+        model = restore(new_model(self.saved_recipe()), self.checkpoint).eval()
+        if self.tokenizer.is_dir():  # artefacts of language models hold it
+            model.tokenizer = pretrained_tokenizer(str(self.tokenizer))
+        return model
 
 
 def find_run(source: str) -> RunFolder:

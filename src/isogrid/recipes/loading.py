@@ -1,5 +1,6 @@
 """Recipes from files; every error names the file, the line and the key."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -41,12 +42,13 @@ def packaged_recipes() -> dict[str, str]:
     }
 
 
-def load_recipe(source: str, settings: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str, settings: Sequence[str] = (), *, demo: bool = False) -> Recipe:
     """A recipe by its path, or by the name of one that comes with Isogrid.
 
     Args:
         source: path of a YAML file, or a packaged name such as `digits-w4a8`.
         settings: changes as `key.key=value`, the value in YAML.
+        demo: take what the recipe has under `demo:`, such as a built-in model and text, in place of the keys above it.
 
     Returns:
         The recipe; its output folder is filled in.
@@ -61,10 +63,36 @@ def load_recipe(source: str, settings: Sequence[str] = ()) -> Recipe:
     """
     text, name = _read(source)
     document = parse(text, name)
+    _choose_demo(document, demo)
     for setting in settings:
         document.set(setting)
     recipe = validated(document)
-    return recipe if recipe.output else recipe.model_copy(update={"output": f"runs/{Path(source).stem}"})
+    folder = f"runs/{Path(source).stem}{'-demo' * demo}"
+    return recipe if recipe.output else recipe.model_copy(update={"output": folder})
+
+
+def language_settings(model: str | None, text: str | None) -> list[str]:
+    """The changes that name a language model of Hugging Face and its text in a recipe.
+
+    >>> language_settings("gpt2", None)
+    ['model.arguments.path="gpt2"', 'data.arguments.tokenizer="gpt2"']
+    """
+    keys = {"model.arguments.path": model, "data.arguments.tokenizer": model, "data.arguments.train": text}
+    return [f"{key}={json.dumps(value)}" for key, value in keys.items() if value is not None]
+
+
+def _choose_demo(document: Document, demo: bool) -> None:
+    """Put the keys under `demo:` in the places of those above it, or leave them out."""
+    changes = document.data.pop("demo", None)
+    if not demo:
+        return
+    if not isinstance(changes, dict):
+        packaged = [name for name, text in packaged_recipes().items() if "\ndemo:" in text]
+        raise RecipeError(f"{document.name} has no demo. These have one: {', '.join(packaged)}.")
+    for key, value in changes.items():
+        document.data[key] = value
+        moved = {keys[1:]: place for keys, place in document.places.items() if keys[:2] == ("demo", key)}
+        document.places = {keys: place for keys, place in document.places.items() if keys[0] != key} | moved
 
 
 def validated(document: Document) -> Recipe:

@@ -50,7 +50,7 @@ def float_outcome(
     name: str, method: Literal["float", "float-extra"], model: nn.Module, data: Data, path: Path
 ) -> Outcome:
     """Export a float model to ONNX and run it on the test data."""
-    export_float(model.cpu().eval(), data.example_inputs, path)
+    export_float(model.cpu().eval(), tuple(next(data.test_batches(2))[:-1]), path)
     run = _float_model(path)
     outputs, targets = [], []
     for *inputs, target in data.test_batches():
@@ -91,15 +91,25 @@ def with_latencies(outcomes: Sequence[Outcome], data: Data, rounds: int = ROUNDS
     ]
 
 
-def write_outcomes(outcomes: Sequence[Outcome], folder: Path, title: str, subtitle: str) -> None:
-    """Write `result.json` and `report.html` into a folder."""
+def write_outcomes(
+    outcomes: Sequence[Outcome], folder: Path, title: str, subtitle: str, setting: str | None = None
+) -> None:
+    """Write `result.json` and `report.html` into a folder.
+
+    Args:
+        outcomes: of the models, in order.
+        folder: where to.
+        title, subtitle: of the page.
+        setting: where the models ran; ONNX Runtime as `with_latencies` sets it up, if not given.
+    """
     rows = [outcome.row for outcome in outcomes]
     write_results(rows, folder / "result.json")
     versions = next((outcome.artifact.versions for outcome in outcomes if outcome.artifact), {})
     report = Report(
         title=title,
         subtitle=subtitle,
-        target=f"ONNX Runtime {versions.get('onnxruntime', '')}, one CPU thread, {LATENCY_BATCH} examples a run",
+        target=setting
+        or f"ONNX Runtime {versions.get('onnxruntime', '')}, one CPU thread, {LATENCY_BATCH} examples a run",
         created=datetime.now().astimezone(),
         rows=tuple(rows),
         models=tuple(outcome.details for outcome in outcomes if outcome.verification is not None),

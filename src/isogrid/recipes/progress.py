@@ -1,8 +1,12 @@
 """What a run says while it works; the command line shows it, a program may ignore it."""
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
+
+from isogrid.recipes.data import Data, size
 
 Advance = Callable[[str], None]
 """Called after each step of a task, with what is worth showing beside it."""
@@ -18,6 +22,28 @@ class Progress(Protocol):
     def message(self, text: str) -> None:
         """Something worth a line."""
         ...
+
+
+class Pace:
+    """How fast training is, in what its data are counted in; the mean of the last steps.
+
+    Args:
+        data: which say what they are counted in.
+        batch_size: examples of a step.
+    """
+
+    STEPS = 10
+
+    def __init__(self, data: Data, batch_size: int):
+        count, self._unit = data.pace
+        self._per_step = count * min(batch_size, size(data.train))
+        self._times: deque[float] = deque([time.perf_counter()], self.STEPS + 1)
+
+    def step(self) -> str:
+        """After each step: what to show behind the loss."""
+        self._times.append(time.perf_counter())
+        seconds = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
+        return f", {self._per_step / max(seconds, 1e-9):,.0f} {self._unit}/s"
 
 
 class Silent:

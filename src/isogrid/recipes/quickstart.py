@@ -108,12 +108,13 @@ def _float_outcomes(recipe: Recipe, folder: Path, progress: Progress) -> list[Ou
     """The float model, and the honest control: as many more steps as quantization-aware training takes."""
     data, accelerator = make_data(recipe.data), make_accelerator(recipe)
     extra = Optimization(**recipe.training.model_dump(include=set(Optimization.model_fields)))
+    first, second = RunFolder(folder / "float"), RunFolder(folder / "float-extra")
     with _one_thread():
         model = float_model(recipe, data, accelerator, progress)
-        save_float_weights(model, RunFolder(folder / "float").float_weights)
-        reference = float_outcome("float", "float", model, data, RunFolder(folder / "float").artifact)
+        save_float_weights(model, first.float_weights)
+        reference = float_outcome("float", "float", model, data, first.artifact(recipe.runtime))
         train_float(model, data, extra, accelerator, progress, "training float some more")
-        longer = float_outcome("float", "float-extra", model, data, RunFolder(folder / "float-extra").artifact)
+        longer = float_outcome("float", "float-extra", model, data, second.artifact(recipe.runtime))
     return [reference, longer]
 
 
@@ -133,4 +134,4 @@ def _exported(recipe: Recipe, model: nn.Module, method: Literal["ptq", "qat"], d
     run = RunFolder(folder / f"{recipe.scheme}-{method}")
     run.save_recipe(recipe)
     save(model, run.checkpoint)
-    return quantized_outcome(recipe.scheme.upper(), method, model, data, run.artifact)
+    return quantized_outcome(recipe.scheme.upper(), method, model, data, run.artifact(recipe.runtime))

@@ -2,8 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,25 +9,24 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from isogrid.api import VerificationReport, restore
+from isogrid.api import restore
 from isogrid.errors import NonFiniteError, RecipeError
 from isogrid.recipes.data import Data, size
+from isogrid.recipes.finishing import RunResult, finish
 from isogrid.recipes.folders import RunFolder
+from isogrid.recipes.language import LanguageData
 from isogrid.recipes.loop import make_accelerator
-from isogrid.recipes.outcomes import Outcome, float_outcome, quantized_outcome, with_latencies, write_outcomes
 from isogrid.recipes.progress import Progress, Silent
 from isogrid.recipes.schema import Recipe
 from isogrid.recipes.sources import make_data
 from isogrid.recipes.stages import (
     float_model,
-    load_float_weights,
     make_optimizer,
     new_model,
     prepared_model,
     save_float_weights,
     train_quantized,
 )
-from isogrid.report import ResultRow
 from isogrid.training import load_training, save_training
 from isogrid.training.checkpoint import MANIFEST, read_manifest
 
@@ -38,21 +35,6 @@ if TYPE_CHECKING:
 
 NO_MATTER: Any = {"output": True, "training": {"log_every", "checkpoint_every", "workers"}}
 """Keys that a resumed run may change: its losses stay the same."""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run leaves behind; on all but the first process there are no rows.
-
-    Attributes:
-        rows: float, and quantised after training.
-        verification: of the artefact.
-        folder: with everything in it.
-    """
-
-    rows: tuple[ResultRow, ...]
-    verification: VerificationReport | None
-    folder: Path
 
 
 def run(recipe: Recipe, *, resume: bool = False, restart: bool = False, progress: Progress | None = None) -> RunResult:
@@ -80,7 +62,7 @@ def run(recipe: Recipe, *, resume: bool = False, restart: bool = False, progress
             progress.message("There is no checkpoint yet: starting from the beginning.")
         model = float_model(recipe, data, accelerator, progress)
         if accelerator.is_main_process:
-            _begin(folder, recipe, model)
+            _begin(folder, recipe, model, data)
         prepared_model(recipe, model, data, accelerator)
         start, optimizer = 0, make_optimizer(model, recipe.training)
     else:
@@ -90,7 +72,7 @@ def run(recipe: Recipe, *, resume: bool = False, restart: bool = False, progress
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return RunResult((), None, folder.path)
-    return _finish(recipe, model, data, folder, progress)
+    return finish(recipe, model, data, folder, accelerator, progress)
 
 
 def _check_folder(folder: RunFolder, recipe: Recipe, resume: bool, restart: bool) -> None:
@@ -112,13 +94,15 @@ def _check_folder(folder: RunFolder, recipe: Recipe, resume: bool, restart: bool
         )
 
 
-def _begin(folder: RunFolder, recipe: Recipe, model: nn.Module) -> None:
+def _begin(folder: RunFolder, recipe: Recipe, model: nn.Module, data: Data) -> None:
     """Write what a run starts from; an older checkpoint goes first, so that it is never taken for one of this run."""
     (folder.checkpoint / MANIFEST).unlink(missing_ok=True)
     for events in folder.tensorboard.glob("events.*"):
         events.unlink()
     folder.save_recipe(recipe)
     save_float_weights(model, folder.float_weights)
+    if isinstance(data, LanguageData):
+        data.tokenizer.save_pretrained(folder.tokenizer)
 
 
 def _resumed(folder: RunFolder, recipe: Recipe, accelerator: "Accelerator") -> tuple[nn.Module, Optimizer, int]:
@@ -166,28 +150,6 @@ def _train(
     finally:
         if monitor is not None:
             monitor.close()
-
-
-def _finish(recipe: Recipe, model: nn.Module, data: Data, folder: RunFolder, progress: Progress) -> RunResult:
-    reference = new_model(recipe)
-    load_float_weights(reference, folder.float_weights)
-    jobs: list[Callable[[], Outcome]] = [
-        lambda: float_outcome("float", "float", reference, data, folder.path / "float.onnx"),
-        lambda: quantized_outcome(recipe.scheme.upper(), "qat", model, data, folder.artifact),
-    ]
-    outcomes = []
-    with progress.task("exporting and verifying", len(jobs)) as advance:
-        for job in jobs:
-            outcomes.append(job())
-            advance("")
-    outcomes = with_latencies(outcomes, data)
-    write_outcomes(
-        outcomes,
-        folder.path,
-        title=f"{recipe.model.name}, {recipe.scheme}",
-        subtitle=f"Trained on {recipe.data.name} for {recipe.runtime}; tested on {size(data.test)} examples.",
-    )
-    return RunResult(tuple(outcome.row for outcome in outcomes), outcomes[-1].verification, folder.path)
 
 
 def _relevant(recipe: Recipe) -> dict[str, Any]:

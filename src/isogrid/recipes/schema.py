@@ -137,6 +137,9 @@ class Recipe(Part):
     calibration: Calibration = Field(default_factory=Calibration)
     schedule: ScheduleEntry = Field(default_factory=ScheduleEntry)
     training: Training = Field(description="How long: `epochs` or `steps`; the rest has defaults.")
+    controls: bool = Field(
+        default=False, description="Also report PTQ, and the float model trained for as many more steps."
+    )
     output: str | None = Field(default=None, description="Folder of the run; runs/<name of the recipe> if not given.")
 
     @property

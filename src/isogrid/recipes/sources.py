@@ -12,15 +12,20 @@ from torch import nn
 from isogrid.errors import RecipeError
 from isogrid.recipes.data import Data
 from isogrid.recipes.digits import DigitsNet, digits
+from isogrid.recipes.language import built_in_model, built_in_text, causal_model, text
 from isogrid.recipes.schema import Source
 from isogrid.recipes.words import did_you_mean
 
 Made = TypeVar("Made")
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"digits-cnn": DigitsNet}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "digits-cnn": DigitsNet,
+    "language-model": built_in_model,
+    "huggingface": causal_model,
+}
 """Built-in models by name."""
 
-DATA: dict[str, Callable[..., Data]] = {"digits": digits}
+DATA: dict[str, Callable[..., Data]] = {"digits": digits, "english": built_in_text, "text": text}
 """Built-in data by name."""
 
 

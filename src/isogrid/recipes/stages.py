@@ -16,7 +16,7 @@ from isogrid.files import write_whole
 from isogrid.planning.plan import Plan
 from isogrid.recipes.data import Batches, Data, collate, size
 from isogrid.recipes.loop import OPTIMIZERS, fit, float_groups, on_device, seed_everything
-from isogrid.recipes.progress import Progress
+from isogrid.recipes.progress import Pace, Progress
 from isogrid.recipes.schema import Optimization, Recipe, Training
 from isogrid.recipes.sources import make_model
 from isogrid.training import Schedule
@@ -79,10 +79,12 @@ def train_float(
     """Train a float model in place."""
     steps = settings.total_steps(size(data.train))
     optimizer = OPTIMIZERS[settings.optimizer](float_groups(model, settings))
+    data.check(model)
+    pace = Pace(data, settings.batch_size)
     with progress.task(title, steps) as advance:
         return fit(
             model, optimizer, data, settings, steps, accelerator,
-            after_step=lambda step, loss: advance(f"loss {float(loss):.4f}"),
+            after_step=lambda step, loss: advance(f"loss {float(loss):.4f}{pace.step()}"),
         )  # fmt: skip
 
 
@@ -95,6 +97,7 @@ def plan_of(recipe: Recipe, model: nn.Module, data: Data) -> Plan:
 def prepared_model(recipe: Recipe, model: nn.Module, data: Data, accelerator: "Accelerator") -> nn.Module:
     """Plan, prepare and calibrate a float model by a recipe, in place: the model after post-training quantisation."""
     model.cpu()
+    data.check(model)
     prepare(model, plan_of(recipe, model, data)).to(accelerator.device)
     return calibrate(model, (on_device(batch, accelerator.device) for batch in calibration_batches(recipe, data)))
 
@@ -139,10 +142,11 @@ def train_quantized(
     steps = recipe.training.total_steps(size(data.train))
     schedule = make_schedule(model, recipe, steps)
     optimizer = make_optimizer(model, recipe.training) if optimizer is None else optimizer
+    pace = Pace(data, recipe.training.batch_size)
     with progress.task(title, steps, start) as advance:
 
         def step_done(step: int, loss: torch.Tensor) -> None:
-            advance(f"loss {float(loss):.4f}")
+            advance(f"loss {float(loss):.4f}{pace.step()}")
             after_step(step, loss)
 
         return fit(

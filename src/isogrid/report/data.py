@@ -12,6 +12,32 @@ Arithmetic = Literal["integer", "float"]
 
 
 @dataclass(frozen=True)
+class LanguageFigures:
+    """What a language model achieved beside the share of tokens that it predicted best.
+
+    Attributes:
+        perplexity: on held-out text, in the runtime; of a model without an artefact, in PyTorch.
+        low, high: ends of its 95 % interval.
+        tokens: predicted.
+        trained_perplexity: of the forward that was trained, on the same text.
+        agreement: share of tokens that the runtime and the trained forward both predict best, in [0, 1].
+        prompt_speed, decoding_speed: tokens a second, reading a text and writing one after the other.
+
+    >>> LanguageFigures(12.0, 11.0, 13.0, tokens=20_000).agreement is None
+    True
+    """
+
+    perplexity: float
+    low: float
+    high: float
+    tokens: int
+    trained_perplexity: float | None = None
+    agreement: float | None = None
+    prompt_speed: float | None = None
+    decoding_speed: float | None = None
+
+
+@dataclass(frozen=True)
 class ResultRow:
     """One model and what it achieved: a line of `result.json`, of the page's first table and of the terminal's table.
 
@@ -25,6 +51,7 @@ class ResultRow:
         compared_codes: integer codes that were compared; None for a float model.
         logits_equal: whether the logits are equal bit for bit; None where nothing was compared.
         artifact: path of the file, None where nothing was exported.
+        language: what else a language model achieved.
 
     Raises:
         IsogridError: the method is unknown, or a figure is outside what it can be.
@@ -42,6 +69,7 @@ class ResultRow:
     compared_codes: int | None = None
     logits_equal: bool | None = None
     artifact: str | None = None
+    language: LanguageFigures | None = None
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):

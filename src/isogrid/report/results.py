@@ -48,6 +48,8 @@ def results_table(rows: Sequence[ResultRow]) -> Table:
     >>> [column.header for column in results_table([]).columns][:2]
     ['model', 'method']
     """
+    if any(row.language is not None for row in rows):
+        return _language_table(rows)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True, header_style="bold")
     table.add_column("model")
     table.add_column("method")
@@ -65,6 +67,29 @@ def results_table(rows: Sequence[ResultRow]) -> Table:
             _codes(row),
             _verdict(words.yes(row.logits_equal), row.logits_equal),
         )
+    return table
+
+
+def _language_table(rows: Sequence[ResultRow]) -> Table:
+    """The rows of language models."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True, header_style="bold")
+    table.add_column("model")
+    table.add_column("method")
+    for label in ("perplexity\n[95 %]", "as\ntrained", "agree\n%", "size\n", "prompt\ntokens/s", "decoding\ntokens/s"):
+        table.add_column(label, justify="right")
+    for row in rows:
+        found = row.language
+        if found is not None:
+            table.add_row(
+                Text(row.name, style="bold" if row.method == "qat" else ""),
+                row.method,
+                f"{found.perplexity:.2f} \\[{found.low:.2f}, {found.high:.2f}]",
+                words.MISSING if found.trained_perplexity is None else f"{found.trained_perplexity:.2f}",
+                words.MISSING if found.agreement is None else words.percent(found.agreement),
+                words.size(row.size_bytes),
+                words.whole(None if found.prompt_speed is None else round(found.prompt_speed)),
+                words.whole(None if found.decoding_speed is None else round(found.decoding_speed)),
+            )
     return table
 
 

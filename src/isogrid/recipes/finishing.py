@@ -1,0 +1,113 @@
+"""The end of a run: the models in their runtime, in one table and on one page."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from isogrid.api import VerificationReport
+from isogrid.recipes import language_outcomes, outcomes
+from isogrid.recipes.data import Data, size
+from isogrid.recipes.folders import RunFolder
+from isogrid.recipes.language import LanguageData
+from isogrid.recipes.outcomes import Outcome, with_latencies, write_outcomes
+from isogrid.recipes.progress import Progress
+from isogrid.recipes.schema import Optimization, Recipe
+from isogrid.recipes.stages import load_float_weights, new_model, prepared_model, train_float
+from isogrid.report import ResultRow
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves behind; on all but the first process there are no rows.
+
+    Attributes:
+        rows: float, and quantised after training; with `controls`, also float with as many more steps, and PTQ.
+        verification: of the artefact.
+        folder: with everything in it.
+    """
+
+    rows: tuple[ResultRow, ...]
+    verification: VerificationReport | None
+    folder: Path
+
+
+def finish(
+    recipe: Recipe, model: nn.Module, data: Data, folder: RunFolder, accelerator: "Accelerator", progress: Progress
+) -> RunResult:
+    """Export and verify what a run has trained, measure it beside the float model, and write the report."""
+    end = _End(recipe, data, folder, accelerator, progress)
+    jobs: list[Callable[[], Outcome]] = [end.float, lambda: end.quantized("qat", model)]
+    if recipe.controls:
+        jobs = [end.float, end.longer, end.ptq, jobs[-1]]
+    found = []
+    with progress.task("exporting and verifying", len(jobs)) as advance:
+        for job in jobs:
+            found.append(job())
+            advance(found[-1].row.method)
+    is_language = isinstance(data, LanguageData)
+    found = found if is_language else with_latencies(found, data)
+    write_outcomes(
+        found,
+        folder.path,
+        title=f"{recipe.model.name}, {recipe.scheme}",
+        subtitle=f"Trained on {recipe.data.name} for {recipe.runtime}; tested on {size(data.test)} examples.",
+        setting=f"{recipe.runtime}, on this machine" if is_language else None,
+    )
+    return RunResult(tuple(outcome.row for outcome in found), found[-1].verification, folder.path)
+
+
+@dataclass(frozen=True)
+class _End:
+    """Makes the models that a run is judged by."""
+
+    recipe: Recipe
+    data: Data
+    folder: RunFolder
+    accelerator: "Accelerator"
+    progress: Progress
+
+    @property
+    def _outcomes(self) -> Any:
+        """How this kind of data judges: the module with `float_outcome` and `quantized_outcome`."""
+        return language_outcomes if isinstance(self.data, LanguageData) else outcomes
+
+    def _float_model(self) -> nn.Module:
+        reference = new_model(self.recipe)
+        load_float_weights(reference, self.folder.float_weights)
+        return reference
+
+    def float(self) -> Outcome:
+        """The model that quantisation began with."""
+        return self._float_outcome("float", self._float_model())
+
+    def longer(self) -> Outcome:
+        """That model, trained for as many more steps: what training alone would have brought."""
+        settings = Optimization(**self.recipe.training.model_dump(include=set(Optimization.model_fields)))
+        model = train_float(
+            self._float_model(), self.data, settings, self.accelerator, self.progress, "training float some more"
+        )
+        return self._float_outcome("float-extra", model)
+
+    def ptq(self) -> Outcome:
+        """That model, quantised without training."""
+        model = prepared_model(self.recipe, self._float_model(), self.data, self.accelerator)
+        return self.quantized("ptq", model)
+
+    def quantized(self, method: Literal["ptq", "qat"], model: nn.Module) -> Outcome:
+        """A quantised model in its runtime."""
+        path = self.folder.artifact(self.recipe.runtime)
+        if method == "ptq":
+            path = path.with_stem(f"{path.stem}-ptq")
+        outcome: Outcome = self._outcomes.quantized_outcome(self.recipe.scheme.upper(), method, model, self.data, path)
+        return outcome
+
+    def _float_outcome(self, method: Literal["float", "float-extra"], model: nn.Module) -> Outcome:
+        path = self.folder.path / f"{method}.onnx"
+        outcome: Outcome = self._outcomes.float_outcome("float", method, model, self.data, path)
+        return outcome

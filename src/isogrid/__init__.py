@@ -11,10 +11,12 @@ from isogrid.errors import IsogridError
 if TYPE_CHECKING:
     from isogrid.api import (
         Artifact,
+        BitLinear,
         Phase,
         Plan,
         Rule,
         Schedule,
+        TwoStages,
         VerificationReport,
         calibrate,
         convert,
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
         reestimate_batch_norm,
         restore,
         save,
+        to_bitnet,
         to_torchao,
         unplanned,
         verify,
@@ -39,11 +42,13 @@ except metadata.PackageNotFoundError:  # run from a source tree
 
 __all__ = [
     "Artifact",
+    "BitLinear",
     "IsogridError",
     "Phase",
     "Plan",
     "Rule",
     "Schedule",
+    "TwoStages",
     "VerificationReport",
     "__version__",
     "calibrate",
@@ -57,6 +62,7 @@ __all__ = [
     "reestimate_batch_norm",
     "restore",
     "save",
+    "to_bitnet",
     "to_torchao",
     "unplanned",
     "verify",

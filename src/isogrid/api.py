@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from isogrid.errors import MissingExtraError, PlanError
 from isogrid.formats import Format, named_format
+from isogrid.layers.bitnet import BitLinear as BitLinear
 from isogrid.planning import Plan, Rule, Scheme, scheme_from_name
 from isogrid.planning import convert as convert
 from isogrid.planning import prepare as prepare
@@ -19,7 +20,17 @@ from isogrid.planning.placement import Placement
 from isogrid.planning.state import is_prepared, prepared_state
 from isogrid.planning.state import unplanned as unplanned
 from isogrid.targets import Artifact, LoadedModel, load_artifact, target_from_name
-from isogrid.training import Phase, Schedule, calibrate, parameter_groups, reestimate_batch_norm, restore, save
+from isogrid.training import (
+    Phase,
+    Schedule,
+    TwoStages,
+    calibrate,
+    parameter_groups,
+    reestimate_batch_norm,
+    restore,
+    save,
+    to_bitnet,
+)
 from isogrid.verification import VerificationReport, verify_artifact
 
 
@@ -153,10 +164,12 @@ def to_torchao(model: nn.Module) -> nn.Module:
 
 __all__ = [
     "Artifact",
+    "BitLinear",
     "Phase",
     "Plan",
     "Rule",
     "Schedule",
+    "TwoStages",
     "VerificationReport",
     "calibrate",
     "convert",
@@ -169,6 +182,7 @@ __all__ = [
     "reestimate_batch_norm",
     "restore",
     "save",
+    "to_bitnet",
     "to_torchao",
     "unplanned",
     "verify",

@@ -96,7 +96,7 @@ class QuantizedLayer(nn.Module):
         x = self.arrange_input(x)
         x_operand = self.input_quantizer.operand(x, self.input_on_grid) if self.input_quantizer is not None else None
         if self.input_rule is not None and self.weight_quantizer.enabled:
-            x_operand = self.input_rule.operand
+            x_operand = self.input_rule.operand._replace(strength=self.weight_quantizer.strength_now)
         weight_operand = self.weight_quantizer.operand(weight)
         if self._computes_static(x_operand, weight_operand):
             assert x_operand is not None and weight_operand is not None

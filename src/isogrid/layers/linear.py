@@ -4,6 +4,8 @@ import torch
 from torch import nn
 
 from isogrid.formats import PerGroup
+from isogrid.layers.bitnet import TernaryLinear, is_ternary
+from isogrid.layers.bitnet_activations import BitNetActivations
 from isogrid.layers.integer import IntegerFloatClampLinear, IntegerLinear, PackedLinear
 from isogrid.layers.layer import QuantizedLayer
 from isogrid.layers.nbits import pack_matmul_nbits
@@ -33,7 +35,10 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     @torch.no_grad()
     def _stored(self) -> nn.Module:
         bias = None if self.bias is None else self.bias.detach().to(torch.float32)
-        return StoredLinear(self.weight_quantizer.quantize(weight_of(self)), bias, self.input_rule)
+        quantized = self.weight_quantizer.quantize(weight_of(self))
+        if isinstance(self.input_rule, BitNetActivations) and is_ternary(quantized):
+            return TernaryLinear(quantized, bias)
+        return StoredLinear(quantized, bias, self.input_rule)
 
     @torch.no_grad()
     def _packed(self) -> nn.Module:

@@ -6,6 +6,7 @@ A quantised layer absorbs the batch norm and the clamp that follow it, so that a
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +105,8 @@ class Placement:
             rule = None if index is None else self.rules[index]
             if rule is not None and rule.keep == "float":
                 self.floats[name] = f"rule {rule.match!r}"
+            elif rule is None and self.scheme.only not in (None, call.type):
+                self.floats[name] = f"scheme {self.scheme.name} is for {self.scheme.only} layers"
             elif why := self._why_float(calls):
                 self.floats[name] = why
                 if index is not None:  # a pattern may quantise what else it matches
@@ -156,18 +159,23 @@ class Placement:
         asked = None if rule is None else rule.weight
         weight, why = self._of_scheme(name) if asked is None else (asked, "")
         who = f"scheme {self.scheme.name}" if rule is None else f"rule {rule.match!r}"
-        estimator = None if rule is None else rule.estimator
+        estimator = (rule and rule.estimator) or self._by_scheme(rule, "estimator")
         learns = estimator is None or "scale" in estimator_from_name(estimator).learns
         has_scale = named_format(weight).scale is not None
-        scale = (rule and rule.scale) or ("learned" if learns and has_scale else "frozen")
+        usual = "learned" if learns and has_scale else "frozen"
+        scale = (rule and rule.scale) or self._by_scheme(rule, "scale") or usual
         return Choice(
             weight=weight,
             activation=(rule and rule.activation) or self.scheme.activation,
             scale=scale,
             estimator=estimator or ("lsq" if scale == "learned" else "ste"),
-            range=(rule and rule.range) or "mse",
+            range=(rule and rule.range) or self._by_scheme(rule, "range") or "mse",
             reason=f"{who}: {why}" if why else who,
         )
+
+    def _by_scheme(self, rule: Rule | None, name: str) -> Any:
+        """What the scheme says on how its own weight format is trained; nothing about another one of a rule."""
+        return None if rule is not None and rule.weight is not None else getattr(self.scheme, name)
 
     def _static_plan(self) -> Plan:
         self._choose_ends()

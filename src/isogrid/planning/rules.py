@@ -96,6 +96,8 @@ class Scheme:
         mixture: which layers take other formats than `weight`, a key of `isogrid.planning.mixtures.MIXTURES`.
         falls_back: rows that a format's blocks do not divide are stored in another one, as llama.cpp has it, instead of
             being an error.
+        scale, estimator, range: of weights, as in a Rule, where they are not the usual ones.
+        only: the class of layers that it is made for; others are quantised by rules alone.
     """
 
     name: str
@@ -111,6 +113,10 @@ class Scheme:
     keeps_heads: bool = False
     mixture: str | None = None
     falls_back: bool = False
+    scale: ScaleChoice | None = None
+    estimator: str | None = None
+    range: str | None = None
+    only: str | None = None
 
 
 _SEVEN_BITS = "8-bit weights, activations of 7 bits (0..127), whose products no x86 CPU lets overflow"
@@ -172,9 +178,7 @@ SCHEMES: dict[str, Scheme] = {
             "8 bits as ExecuTorch's XNNPACKQuantizer has them",
             target="executorch",
         ),
-        Scheme(
-            "tensorrt", "int8/channel", "int8/tensor", "static", "8 bits without zero points", target="tensorrt"
-        ),
+        Scheme("tensorrt", "int8/channel", "int8/tensor", "static", "8 bits without zero points", target="tensorrt"),
         Scheme(
             "finn",
             "int4/channel:scale=e8m0",
@@ -189,6 +193,18 @@ SCHEMES: dict[str, Scheme] = {
         *(
             Scheme(name, weight, None, "dynamic", what, target="llamacpp", mixture=mixture, falls_back=True)
             for name, weight, mixture, what in _OF_LLAMA_CPP
+        ),
+        Scheme(
+            "bitnet",
+            "bitnet",
+            None,
+            "dynamic",
+            "weights -1, 0, 1 with their mean magnitude, int8 tokens: BitNet b1.58, of BitLinear layers",
+            target="pytorch",
+            scale="dynamic",
+            estimator="identity",
+            range="absmean",
+            only="BitLinear",
         ),
     )
 }

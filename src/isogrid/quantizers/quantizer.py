@@ -134,8 +134,12 @@ class Quantizer(nn.Module):
                 "A quantizer has seen no data. Run isogrid.calibrate(model, batches) before training or evaluation, "
                 "or let a Schedule with an observe phase do it."
             )
-        strength = self.strength if self.ramping else None
-        return Operand(self.format, self.estimator, self.affine(x), self._tensors(x), strength, on_grid)
+        return Operand(self.format, self.estimator, self.affine(x), self._tensors(x), self.strength_now, on_grid)
+
+    @property
+    def strength_now(self) -> Tensor | None:
+        """`strength` in a ramp; None, which stands for 1, outside."""
+        return self.strength if self.ramping else None
 
     @property
     def follows(self) -> bool:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from isogrid.errors import RecipeError
 from isogrid.recipes.data import Batches, Data, mixed_seed, size
 from isogrid.recipes.schema import Optimization, Recipe
-from isogrid.training import Schedule
+from isogrid.training import Schedule, TwoStages
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -96,12 +96,15 @@ def fit(
     loader = _loader(data.train, settings, start, steps, accelerator)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
+    stages = None if settings.two_stages is None else TwoStages(**settings.two_stages.model_dump())
     trained, accelerated = accelerator.prepare(model, optimizer)
     trained.train()
     for step in range(start, steps):
         factor = learning_rate_factor(step, steps, settings.warmup_steps, settings.decay)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
+        if stages is not None:
+            stages.apply(optimizer, step, steps)
         total = torch.zeros((), device=accelerator.device)
         for part in range(settings.accumulation):
             *inputs, target = on_device(next(loader), accelerator.device)

@@ -4,9 +4,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from isogrid.recipes.data import Data, size
+if TYPE_CHECKING:  # the command line shows its help without torch
+    from isogrid.recipes.data import Data
 
 Advance = Callable[[str], None]
 """Called after each step of a task, with what is worth showing beside it."""
@@ -34,9 +35,9 @@ class Pace:
 
     STEPS = 10
 
-    def __init__(self, data: Data, batch_size: int):
+    def __init__(self, data: "Data", batch_size: int):
         count, self._unit = data.pace
-        self._per_step = count * min(batch_size, size(data.train))
+        self._per_step = count * batch_size
         self._times: deque[float] = deque([time.perf_counter()], self.STEPS + 1)
 
     def step(self) -> str:

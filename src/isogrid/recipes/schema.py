@@ -70,6 +70,14 @@ class ScheduleEntry(Part):
     freeze_ranges: float = Field(default=0.9, ge=0, le=1)
 
 
+class TwoStagesEntry(Part):
+    """A second stage of training, as BitNet has it; `isogrid.TwoStages` says what each key does."""
+
+    lr: float = Field(default=2 / 3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    at: float = Field(default=0.5, ge=0, le=1)
+
+
 class Optimization(Part):
     """How an optimizer moves, and for how long.
 
@@ -86,6 +94,7 @@ class Optimization(Part):
     weight_decay: float = Field(default=0.0, ge=0)
     warmup_steps: int = Field(default=0, ge=0, description="Steps in which the learning rate rises.")
     decay: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="How the learning rate falls.")
+    two_stages: TwoStagesEntry | None = Field(default=None, description="Change learning rate and decay halfway.")
     clip_norm: float | None = Field(default=None, gt=0, description="Largest norm of the gradient.")
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16: under autocast.")
     seed: int = Field(default=0, ge=0, description="Of the order of the data and of everything random.")

@@ -30,6 +30,7 @@ TARGETS = {
     "tensorrt": Entry("isogrid.targets.tensorrt", "TensorRt", "isogrid"),
     "openvino": Entry("isogrid.targets.openvino", "OpenVino", "isogrid[openvino]"),
     "torch-export": Entry("isogrid.targets.torch_export", "TorchExport", "isogrid"),
+    "pytorch": Entry("isogrid.targets.pytorch", "PyTorch", "isogrid"),
     "litert": Entry("isogrid.targets.litert", "LiteRT", "isogrid[litert]"),
     "llamacpp": Entry("isogrid.targets.llamacpp", "LlamaCpp", "isogrid[gguf]"),
 }

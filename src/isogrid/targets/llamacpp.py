@@ -1,5 +1,6 @@
 """llama.cpp: language models as GGUF files, with block formats and activations that it quantises itself."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -21,6 +22,9 @@ ACTIVATIONS = {
     "bfloat16": "bfloat16",
 }
 """The activation rule that goes with a weight's format: `vec_dot_type` of `type_traits_cpu` in ggml-cpu.c."""
+
+TERNARY = "ternary/tensor:scale=float16"
+"""A weight of BitNet, as blocks of TQ2_0 or TQ1_0 that all have the same scale hold it."""
 
 
 POSITIONS = frozenset(
@@ -49,7 +53,8 @@ class LlamaCpp:
                 f"llama.cpp quantises activations as they come, and scheme {scheme.name} is {scheme.arithmetic}. "
                 f"Use one of its own: {own}."
             )
-        return scheme
+        # One float32 scale for a whole weight becomes the float16 scale of every block.
+        return replace(scheme, weight=TERNARY) if scheme.name == "bitnet" else scheme
 
     def supports(self, call: Call, scheme: Scheme) -> str | None:
         """None for linear layers and embeddings of tokens."""
@@ -85,5 +90,5 @@ class LlamaCpp:
 def _name(fmt: Format) -> str | None:
     """The key of ACTIVATIONS for a format, or None."""
     halves = (name for name in ("float16", "bfloat16") if named_format(name) == fmt)
-    name = ggml_name(fmt) or next(halves, None)
+    name = "tq2_0" if fmt == named_format(TERNARY) else ggml_name(fmt) or next(halves, None)
     return name if name in ACTIVATIONS else None

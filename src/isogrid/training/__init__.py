@@ -1,14 +1,16 @@
 """Training: calibration, the schedule, parameter groups and checkpoints."""
 
 from isogrid.training.batch_norm import reestimate_batch_norm
+from isogrid.training.bitnet import to_bitnet
 from isogrid.training.calibration import calibrate
 from isogrid.training.checkpoint import load_training, restore, save, save_training
 from isogrid.training.parameters import parameter_groups
-from isogrid.training.schedule import Phase, Schedule
+from isogrid.training.schedule import Phase, Schedule, TwoStages
 
 __all__ = [
     "Phase",
     "Schedule",
+    "TwoStages",
     "calibrate",
     "load_training",
     "parameter_groups",
@@ -16,4 +18,5 @@ __all__ = [
     "restore",
     "save",
     "save_training",
+    "to_bitnet",
 ]

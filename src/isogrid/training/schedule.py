@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from isogrid.errors import PlanError
 from isogrid.planning.state import absorbed_batch_norms, quantizers, steps_done
@@ -21,6 +22,44 @@ class Phase:
 
     name: str
     start: int
+
+
+@dataclass(frozen=True)
+class TwoStages:
+    """Learning rate and weight decay in two stages, as BitNet b1.58 is trained from scratch.
+
+    Its authors ("Training Tips, Code and FAQ", 2024) start with several times the learning rate of a float model, drop
+    it halfway, and take the weight decay away there: magnitudes stand for confidence, and decay keeps codes flipping.
+    Use it after whatever else sets the learning rate of a step.
+
+    Args:
+        lr: what the learning rate is multiplied by in the second stage; 1.5e-3 to 1e-3 in the smallest model.
+        weight_decay: what the weight decay is multiplied by.
+        at: share of all steps after which the second stage begins.
+
+    >>> parameter = nn.Parameter(torch.zeros(1))
+    >>> optimizer = torch.optim.AdamW([parameter], lr=3e-3, weight_decay=0.1)
+    >>> TwoStages().apply(optimizer, step=5, total_steps=10)
+    >>> [round(optimizer.param_groups[0][name], 6) for name in ("lr", "weight_decay")]
+    [0.002, 0.0]
+    """
+
+    lr: float = 2 / 3
+    weight_decay: float = 0.0
+    at: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.weight_decay < 0 or not 0 <= self.at <= 1:
+            raise PlanError("lr is above 0, weight_decay is at least 0, and at is a share of the steps, from 0 to 1.")
+
+    def apply(self, optimizer: Optimizer, step: int, total_steps: int) -> None:
+        """Set what the optimizer needs for a step, counted from 0; its `lr` must be that of a run in one stage."""
+        second = step >= round(self.at * total_steps)
+        for group in optimizer.param_groups:
+            group.setdefault("initial_weight_decay", group.get("weight_decay", 0.0))
+            group["weight_decay"] = group["initial_weight_decay"] * (self.weight_decay if second else 1.0)
+            if second:
+                group["lr"] *= self.lr
 
 
 class Schedule:

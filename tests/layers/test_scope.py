@@ -1,3 +1,4 @@
+import copy
 import inspect
 from typing import Any
 
@@ -109,11 +110,32 @@ def test_calls_that_the_plan_does_not_know_are_listed(caplog: pytest.LogCaptureF
         model(torch.ones(2, 3))
     assert ig.unplanned(model) == ("mul", "relu")
     assert [record.getMessage() for record in caplog.records] == [
-        "Lambda calls 'relu', which the plan does not know: it runs in float.",
-        "Lambda calls 'mul', which the plan does not know: it runs in float.",
+        "Lambda calls relu, mul, which the plan does not know: it runs in float. isogrid.unplanned(model) lists all."
     ]
     with pytest.raises(PlanError, match="not prepared"):
         ig.unplanned(nn.Linear(3, 3))
+
+
+class DropPath(nn.Module):
+    """Drops examples in training, as transformers does it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.div(0.5) * (torch.rand(len(x), 1) < 0.5).float() if self.training else x
+
+
+def test_calls_of_many_modules_of_one_class_are_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    model = Lambda(
+        lambda m, x: m.b(m.left(m.a(x)) + m.right(x)), a=nn.Linear(3, 3), b=nn.Linear(3, 3), left=DropPath(),
+        right=DropPath(),
+    )  # fmt: skip
+    prepared(model, (torch.ones(2, 3),))
+    for _ in range(2):
+        model.train()(torch.ones(2, 3))
+    assert ig.unplanned(model) == ("left.div", "left.mul", "right.div", "right.mul")
+    copy.deepcopy(model)(torch.ones(2, 3))
+    assert [record.getMessage() for record in caplog.records] == [
+        "DropPath calls div, mul, which the plan does not know: it runs in float. isogrid.unplanned(model) lists all."
+    ]
 
 
 def test_a_site_that_is_called_otherwise_than_planned_says_so() -> None:

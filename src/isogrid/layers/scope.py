@@ -88,6 +88,7 @@ class OperationScope(nn.Module):
         skipped: sites whose work another layer has taken over; they return their input.
         products: the names of the children that compute products by the module's own parameters.
         floats: sites that stay float by the plan.
+        told: what the scopes of the model have told already; they share it.
 
     Attributes:
         unplanned: sites that were called and that the plan does not know; they run in float.
@@ -99,13 +100,25 @@ class OperationScope(nn.Module):
         skipped: Iterable[str] = (),
         products: Mapping[Product, str] | None = None,
         floats: Iterable[str] = (),
+        told: set[tuple[str, ...]] | None = None,
     ):
         super().__init__()
+        self.told = set() if told is None else told
         self.products = dict(products or {})
         self.floats = frozenset(floats)
         self.unplanned: set[str] = set()
         self.sites = nn.ModuleDict(sites)
         self.skipped = frozenset(skipped)
+
+    def note(self, module: nn.Module, names: Sequence[str]) -> None:
+        """Calls of one run that the plan does not know: a line for all modules of a class that make the same ones."""
+        self.unplanned.update(names)
+        line = (type(module).__name__, *names)
+        if line not in self.told:
+            self.told.add(line)
+            calls = ", ".join(names)
+            unknown = "%s calls %s, which the plan does not know: it runs in float. isogrid.unplanned(model) lists all."
+            logger.warning(unknown, line[0], calls)
 
     def extra_repr(self) -> str:
         return f"done by the layer before: {', '.join(sorted(self.skipped))}" if self.skipped else ""
@@ -114,9 +127,10 @@ class OperationScope(nn.Module):
 class _Calls(TorchFunctionMode):
     """Counts the calls of one run of a forward and hands them to their sites."""
 
-    def __init__(self, module: nn.Module, prefix: str = ""):
+    def __init__(self, module: nn.Module, prefix: str = "", unknown: list[str] | None = None):
         super().__init__()
         self.module, self.prefix = module, prefix
+        self.unknown: list[str] = [] if unknown is None else unknown
         self.scope: OperationScope = getattr(module, _SCOPE)
         self.counts: dict[str, int] = {}
 
@@ -132,17 +146,13 @@ class _Calls(TorchFunctionMode):
                     return child(found[0])
         floats = takes_floats(args, kwargs)
         if floats and func in DECOMPOSITIONS and len(self.scope.sites):
-            with _Calls(self.module, part_prefix(func, self.prefix, self.counts)):
+            with _Calls(self.module, part_prefix(func, self.prefix, self.counts), self.unknown):
                 result = DECOMPOSITIONS[func](*args, **kwargs)
             if result is not NotImplemented:
                 return result
         kind = OPERATION_KINDS.get(func) if floats else None
         with torch._C.DisableTorchFunction():
             return func(*args, **kwargs) if kind is None else self._call(kind, func, args, kwargs)
-
-    @property
-    def _type(self) -> str:
-        return type(self.module).__name__
 
     def _call(self, kind: str, func: Any, args: Any, kwargs: Any) -> Any:
         name = self.prefix + site_name(kind, self.counts)
@@ -151,8 +161,7 @@ class _Calls(TorchFunctionMode):
             return args[0]
         if name not in self.scope.sites:
             if name not in self.scope.floats and name not in self.scope.unplanned:
-                self.scope.unplanned.add(name)
-                logger.warning("%s calls %r, which the plan does not know: it runs in float.", self._type, name)
+                self.unknown.append(name)
             return func(*args, **kwargs)
         site: Any = self.scope.sites[name]
         if not writes_input(func, kwargs):
@@ -270,8 +279,12 @@ def _scoped_forward(kind: Any) -> Callable[..., Any]:
     # Trainers look at the signature to know which columns of the data a model takes.
     @wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _Calls(self):
-            return plain(self, *args, **kwargs)
+        calls = _Calls(self)
+        with calls:
+            result = plain(self, *args, **kwargs)
+        if calls.unknown:
+            calls.scope.note(self, calls.unknown)
+        return result
 
     return forward
 

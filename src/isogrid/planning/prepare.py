@@ -192,10 +192,11 @@ class _Builder:
         sites = self._sites()
         for layer in self.plan.layers:
             self._configure(layer)
+        told: set[tuple[str, ...]] = set()
         for path, skipped in self.plan.scopes.items():
             products = {lent.product: lent.name for lent in self.plan.lent if lent.scope == path}
             floats = [name.rpartition(".")[2] for name, _ in self.plan.floats if name.rpartition(".")[0] == path]
-            open_scope(self._module(path), OperationScope(sites.get(path, {}), skipped, products, floats))
+            open_scope(self._module(path), OperationScope(sites.get(path, {}), skipped, products, floats, told))
 
     @staticmethod
     def _replace(

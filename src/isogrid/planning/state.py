@@ -57,8 +57,8 @@ def steps_done(model: nn.Module) -> Tensor:
 def unplanned(model: nn.Module) -> tuple[str, ...]:
     """The operations that a prepared model has run so far and that its plan does not know; they run in float.
 
-    So it is with a branch of a forward that the example inputs did not take. They are also logged as a warning, once for
-    all modules of a class that make the same calls.
+    So it is with a branch of a forward that the example inputs did not take. They are also logged as a warning, once
+    for all modules of a class that make the same calls.
 
     Raises:
         PlanError: the model is not prepared.

@@ -165,6 +165,34 @@ def test_the_nearest_is_taken_of_codes(tmp_path: Path) -> None:
     assert operators["Resize"] == 2 and operators["Min"] == 1 and operators["QuantizeLinear"] == 2
 
 
+def test_a_choice_takes_codes_of_either_side(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        a, b = m.l0(x), m.l1(x)
+        y = torch.where(x > 0, a, b)
+        return m.l5(m.l3(torch.where(x > 1, m.l2(y), 0.0)) + m.l4(torch.where(x > 0, 0, other=y)))
+
+    model = Lambda(forward, **linears(6))
+    operators = all_integer(model, (torch.randn(3, 7, 6),), tmp_path)
+    # One QuantizeLinear: that of the input.
+    assert (operators["QGemm"], operators["QLinearWhere"], operators["QuantizeLinear"]) == (6, 3, 1), operators
+
+
+def test_choices_that_are_no_codes_stay_float(tmp_path: Path) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = torch.where(x > 0, m.l0(x), 1.0)
+        y = torch.where(x > 0, m.l1(y), torch.full_like(x, -torch.inf)).clamp(min=-1.0)
+        return m.l2(torch.where(x > 0, y.sin(), y.cos()))
+
+    plan = ig.plan(Lambda(forward, **linears(3)), scheme="w8a8", example_inputs=(torch.randn(3, 6),))
+    assert {name: reason for name, reason in plan.floats if "where" in name} == {
+        "where": "where with 1.0, which need not lie on the grid of the rest",
+        "where_1": "where with a mask, whose values no grid can hold beside others",
+        "where_2": "where with no quantised neighbour to join",
+    }
+
+
 def test_functions_of_parameters(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Head(), torch.randn(2, 3, 8, 8)

@@ -65,7 +65,7 @@ def why_float(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
         return "division by zero"
     if not all(isinstance(x, int | float) for x in [kwargs.get("alpha", 1)]):
         return f"{name} with a tensor for alpha"
-    if any(_is_mask(x) for x in tensors):
+    if any(is_mask(x) for x in tensors):
         return f"{name} with a mask, whose values no grid can hold beside others"
     return "" if output.is_floating_point() else f"{name} of whole numbers"
 
@@ -74,7 +74,8 @@ LARGEST_VALUE = 1e9
 """Beyond it lie the values of masks, -inf and the lowest of a dtype, and nothing that is to be measured."""
 
 
-def _is_mask(x: Tensor) -> bool:
+def is_mask(x: Tensor) -> bool:
+    """Whether a tensor holds values that mean never."""
     return not x.is_meta and not bool((x.abs() < LARGEST_VALUE).all())
 
 

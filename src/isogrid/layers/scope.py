@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from isogrid.errors import CaptureError
-from isogrid.layers import activations, elementwise, matmul
+from isogrid.layers import activations, elementwise, matmul, where
 from isogrid.layers.clamp import CLAMPS, CLAMPS_IN_PLACE
 from isogrid.layers.decompositions import DECOMPOSITIONS
 from isogrid.layers.lent import FUNCTIONS, Product, product_of
@@ -29,6 +29,7 @@ OPERATION_KINDS: dict[Callable[..., Any], str] = {
     **elementwise.NAMES,
     **matmul.NAMES,
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), "concat"),
+    torch.where: "where",
     **CLAMPS,
     **dict.fromkeys((F.avg_pool1d, F.avg_pool2d, F.avg_pool3d), "average_pool"),
     **dict.fromkeys((F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d), "average_pool"),
@@ -54,6 +55,7 @@ OPERANDS = {
     **dict.fromkeys(("add", "sub", "rsub", "mul", "div", "matmul"), ("input", "other")),
     **dict.fromkeys(("bmm", "mm"), ("input", "mat2")),
     "concat": ("tensors",),
+    "where": ("condition", "input", "other"),
 }
 """The arguments that hold a site's operands, by its name, where they are more than `input`."""
 
@@ -228,6 +230,8 @@ def operands_of(name: str, args: Sequence[Any]) -> list[Any]:
         name: of the site, without its number.
         args: of the call, with the tensors in front.
     """
+    if name == "where":
+        return where.operands(args)
     return list(args[0]) if name == "concat" else list(args[: len(OPERANDS.get(name, ("input",)))])
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from isogrid.errors import PlanError
-from isogrid.layers import activations, elementwise, matmul
+from isogrid.layers import activations, elementwise, matmul, where
 from isogrid.layers.borrowed import BorrowedLinear
 from isogrid.layers.experts import BorrowedExperts
 from isogrid.layers.lent import BorrowedConv1d, BorrowedConv2d, BorrowedConv3d
@@ -62,6 +62,7 @@ ACTIVATIONS = (
     nn.Threshold,
 )
 """Modules that call one of `isogrid.layers.activations.ACTIVATIONS`."""
+
 
 def is_wrapper(module: nn.Module) -> bool:
     """Whether a module of torch.nn merely calls one function: nn.ReLU, nn.MaxPool2d.
@@ -166,6 +167,8 @@ def why_float(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, An
     tensors = [x for x in operands if isinstance(x, Tensor)]
     if not all(x.is_floating_point() for x in tensors):
         return f"{name} of whole numbers"
+    if name == "where":
+        return where.why_float(args)
     if func in elementwise.NAMES:
         return elementwise.why_float(func, operands, kwargs, output)
     if len(tensors) < len(operands) or any(x.dim() == 0 for x in tensors):

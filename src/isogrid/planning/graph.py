@@ -15,6 +15,9 @@ COMPUTING_KINDS = frozenset(
 )
 """Calls that compute with quantised inputs in integer arithmetic."""
 
+JOINING_KINDS = frozenset({"concat", "where"})
+"""Calls that take values of several inputs as they are, so that all lie on one grid."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -23,8 +26,8 @@ class Call:
     Attributes:
         name: the module's path, or the scope's path and the site's name: `layer1.0.add`.
         kind: linear, experts (a linear layer for each), convolution, embedding, batch_norm, add, multiply, matmul,
-            concat, clamp (ReLU and its kin), activation (another function of each value), average_pool, pass (moves
-            values without changing them), dropout, or float (anything else).
+            concat, where, clamp (ReLU and its kin), activation (another function of each value), average_pool, pass
+            (moves values without changing them), dropout, or float (anything else).
         type: the class or function, for people.
         scope: path of the module whose forward made the call.
         inputs, outputs: values, as numbers.

@@ -38,14 +38,14 @@ class Grids:
 
     def __init__(self, neighbours: Neighbours):
         graph = self.graph = neighbours.graph
-        self.chains, self.concats = neighbours.chains, neighbours.concats
+        self.chains, self.joins = neighbours.chains, neighbours.joins
         self._neighbours = neighbours
         self._parent: dict[int, int] = {}
         for call in graph.calls:
-            if call.name in self.concats:
+            if call.name in self.joins:
                 for value in call.inputs:
                     self._merge(self._origin(value), call.output)
-        for name in (*self.chains, *self.concats):
+        for name in (*self.chains, *self.joins):
             first, *others = graph.calls_of(name)
             for other in others:
                 for mine, its in zip(first.inputs, other.inputs, strict=True):
@@ -97,7 +97,7 @@ class Grids:
         """Every quantised output, then every input that nobody quantises before, in order: call, kind, value, grid."""
         outputs, inputs = [], []
         for call in self.graph.calls:
-            if call.name in self.concats or call.name in self.chains:
+            if call.name in self.joins or call.name in self.chains:
                 for number, value in enumerate(call.inputs):
                     origin = self._origin(value)
                     if origin not in self._neighbours.floats and not self._neighbours.is_produced(origin):

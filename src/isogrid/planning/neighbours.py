@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping
 
 from isogrid.planning.chains import Chain, find_chains
-from isogrid.planning.graph import Graph
+from isogrid.planning.graph import JOINING_KINDS, Graph
 
 
 class Neighbours:
@@ -12,7 +12,7 @@ class Neighbours:
     Attributes:
         graph: of the model.
         chains: of the computing calls that are quantised, by name.
-        concats: names of the concatenations that are quantised.
+        joins: names of the concatenations and choices that are quantised.
         float_endings: kinds of calls that leave their output in float where no integer arithmetic reads it.
         floats: values that their layers leave float, for whatever reads them.
     """
@@ -21,22 +21,22 @@ class Neighbours:
         self,
         graph: Graph,
         chains: Mapping[str, Chain],
-        concats: Collection[str],
+        joins: Collection[str],
         float_endings: Collection[str],
         floats: Iterable[int] = (),
     ):
-        self.graph, self.chains, self.concats = graph, chains, frozenset(concats)
+        self.graph, self.chains, self.joins = graph, chains, frozenset(joins)
         self.float_endings, self.floats = frozenset(float_endings), frozenset(floats)
         self._chain_of_value = {chain.value_of(call): chain for chain in chains.values() for call in chain.calls}
 
     def with_floats(self, floats: Iterable[int]) -> "Neighbours":
         """The same with values that their layers leave float."""
-        return Neighbours(self.graph, self.chains, self.concats, self.float_endings, floats)
+        return Neighbours(self.graph, self.chains, self.joins, self.float_endings, floats)
 
     def is_produced(self, value: int) -> bool:
         """Whether a value leaves its producer quantised: all products of a name do if integer arithmetic reads one."""
         producer = self.graph.producer.get(value)
-        if producer is not None and producer.name in self.concats:
+        if producer is not None and producer.name in self.joins:
             return True
         chain = None if value in self.floats else self._chain_of_value.get(value)
         return chain is not None and (chain.call.kind not in self.float_endings or self._is_any_read(chain))
@@ -44,7 +44,7 @@ class Neighbours:
     def is_read(self, value: int) -> bool:
         """Whether integer arithmetic reads a value."""
         return any(
-            call.name in self.chains or (call.name in self.concats and self.is_read(call.output))
+            call.name in self.chains or (call.name in self.joins and self.is_read(call.output))
             for call in self.graph.readers(value)
         )
 
@@ -56,8 +56,11 @@ class Neighbours:
         out. Means and products are often a norm spelt out: eight bits of a variance would make one of a few bits.
         """
         calls = self.graph.calls_of(name)
-        if name in self.concats:
-            return not any(self.is_read(call.output) for call in calls)
+        if name in self.joins:
+            # Between floats alone, a choice leaves the rounding of one value to whoever reads it.
+            joined = [self.graph.origin(value)[0] for call in calls for value in call.inputs]
+            is_fed = calls[0].kind == "concat" or any(self.is_produced(value) for value in joined)
+            return not (is_fed and any(self.is_read(call.output) for call in calls))
         kind = "mean" if calls[0].type == "mean" else calls[0].kind
         if kind not in ("add", "multiply", "activation", "mean"):
             return False
@@ -82,9 +85,9 @@ def neighbours_at_work(graph: Graph, names: Iterable[str], float_endings: Collec
     """The neighbours of the calls of these names, without those that are idle, and then without those idle by that."""
     working = list(names)
     while True:
-        concats = [name for name in working if graph.calls_of(name)[0].kind == "concat"]
-        neighbours = Neighbours(graph, find_chains(graph, working), concats, float_endings)
-        idle = {name for name in (*neighbours.chains, *concats) if neighbours.is_idle(name)}
+        joins = [name for name in working if graph.calls_of(name)[0].kind in JOINING_KINDS]
+        neighbours = Neighbours(graph, find_chains(graph, working), joins, float_endings)
+        idle = {name for name in (*neighbours.chains, *joins) if neighbours.is_idle(name)}
         if not idle:
             return neighbours
         working = [name for name in working if name not in idle]

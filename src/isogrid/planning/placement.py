@@ -17,7 +17,7 @@ from isogrid.layers.borrowed import TakenApart
 from isogrid.layers.weights import weight_key, weight_of
 from isogrid.planning.arguments import Arguments
 from isogrid.planning.chains import Chain, fused_additions, nonnegative
-from isogrid.planning.graph import COMPUTING_KINDS, LAYER_KINDS, Call, Graph
+from isogrid.planning.graph import COMPUTING_KINDS, JOINING_KINDS, LAYER_KINDS, Call, Graph
 from isogrid.planning.grids import Grids, Owner
 from isogrid.planning.mixtures import Assigned, assign
 from isogrid.planning.neighbours import neighbours_at_work
@@ -83,7 +83,7 @@ class Placement:
     def _choose(self) -> None:
         used: set[int | None] = set()
         refused: dict[int, str] = {}
-        kinds = COMPUTING_KINDS | {"concat", "embedding"}
+        kinds = COMPUTING_KINDS | JOINING_KINDS | {"embedding"}
         self._decide((name for name, calls in self.graph.by_name.items() if calls[0].kind in kinds), used, refused)
         if self.scheme.arithmetic == "static":
             self._norms = lone_norms(self.graph, self.choices)
@@ -198,9 +198,9 @@ class Placement:
                 else:
                     kind = "fused_add" if name in fused else call.kind
                     operations.append(OperationPlan(call.scope, _site(call), kind, feeds, output, clamp))
-            elif name in grids.concats:
+            elif name in grids.joins:
                 owner = grids.owner_of(call.output)
-                operations.append(OperationPlan(call.scope, _site(call), "concat", grids.feeds(name), owner))
+                operations.append(OperationPlan(call.scope, _site(call), call.kind, grids.feeds(name), owner))
         sites = self._weight_sites(layers) + self._activation_sites(grids, nonnegative(self.graph, grids.chains))
         return self._assembled(sites, layers, operations, grids.chains)
 

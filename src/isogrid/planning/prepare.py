@@ -40,6 +40,7 @@ from isogrid.layers.own_forward import extended
 from isogrid.layers.scope import OperationScope, check_scope, open_scope
 from isogrid.layers.sites import QuantizedAveragePool, QuantizedConcat, QuantizedSite
 from isogrid.layers.weights import refresh_weights, weight_of
+from isogrid.layers.where import QuantizedWhere
 from isogrid.planning.classify import kind_of, layer_type
 from isogrid.planning.exchange import exchange, take_apart
 from isogrid.planning.lending import lend, take_back
@@ -84,6 +85,7 @@ OPERATIONS: dict[str, type[QuantizedSite]] = {
     "matmul": QuantizedMatmul,
     "average_pool": QuantizedAveragePool,
     "concat": QuantizedConcat,
+    "where": QuantizedWhere,
 }
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from isogrid.errors import PlanError
 from isogrid.formats import named_format
-from isogrid.planning.graph import COMPUTING_KINDS, Graph
+from isogrid.planning.graph import COMPUTING_KINDS, JOINING_KINDS, Graph
 from isogrid.quantizers.estimators import estimator_from_name
 from isogrid.quantizers.ranges import range_from_name
 
@@ -224,7 +224,7 @@ def scheme_from_name(name: str) -> Scheme:
 
 def unmatched_rule_error(rule: Rule, graph: Graph) -> PlanError:
     """The error for a rule that matches nothing that could be quantised, with what it may have meant."""
-    kinds = {*COMPUTING_KINDS, "concat", "embedding"}
+    kinds = {*COMPUTING_KINDS, *JOINING_KINDS, "embedding"}
     known = [name for name, calls in graph.by_name.items() if calls[0].kind in kinds]
     if any(rule.matches(name, "", "") for name in graph.uncalled):
         why = "matches only modules that the example inputs did not reach."

@@ -18,7 +18,9 @@ from isogrid.targets.onnx_graph import ONNX_RUNTIME_PASSES
 from isogrid.targets.onnx_runtime_session import STATIC_OPTIONS, WEIGHT_ONLY_OPTIONS
 from isogrid.targets.onnxruntime_model import OnnxRuntimeModel
 
-STATIC_KINDS = ("linear", "convolution", "add", "multiply", "matmul", "concat", "average_pool", "activation")
+STATIC_KINDS = (
+    "linear", "convolution", "add", "multiply", "matmul", "concat", "where", "average_pool", "activation"
+)  # fmt: skip
 SESSION_OPTIONS = {**STATIC_OPTIONS, **WEIGHT_ONLY_OPTIONS}
 """Without these ONNX Runtime may compute something else than was trained."""
 

@@ -19,6 +19,7 @@ from isogrid.planning.lending import lending
 from isogrid.planning.placement import Placement
 from isogrid.planning.state import is_prepared, prepared_state
 from isogrid.planning.state import unplanned as unplanned
+from isogrid.search import fit_types
 from isogrid.targets import Artifact, LoadedModel, load_artifact, target_from_name
 from isogrid.training import (
     Phase,
@@ -174,6 +175,7 @@ __all__ = [
     "calibrate",
     "convert",
     "export",
+    "fit_types",
     "format",
     "load",
     "parameter_groups",

@@ -17,7 +17,7 @@ from isogrid.formats.floats import ExponentGrid, FloatGrid, NativeGrid
 from isogrid.formats.format import Format
 from isogrid.formats.granularity import Granularity, PerChannel, PerFlatGroup, PerGroup, PerTensor, PerTile, PerToken
 from isogrid.formats.grid import Grid, IntegerGrid
-from isogrid.formats.tables import LookupGrid
+from isogrid.formats.tables import ConstantGrid, LookupGrid
 
 GRAMMAR = """grid/granularity[:option,...]
   grid: int1..int8, int16, uint1..uint8, uint16, fp8_e4m3, fp8_e5m2, fp6_e3m2, fp6_e2m3, fp4_e2m1, nf4, ternary, binary,
@@ -109,6 +109,16 @@ _BLOCK_FORMATS: dict[str, Callable[[], Format]] = {
     "e8p": lambda: Format(e8p_grid(), PerTensor(), FLOAT32),
 }
 
+def nvfp4_on(global_scale: float) -> Format:
+    """NVFP4 with a given scale of scales.
+
+    >>> nvfp4_on(2.0**-10).scale.fake_quantize(torch.tensor([[0.1], [9.0]])).T
+    tensor([[0.1016, 0.4375]])
+    """
+    scale = Format(_FLOATS["fp8_e4m3"], PerTensor(), _plain(ConstantGrid(global_scale)))
+    return _blocks(_FLOATS["fp4_e2m1"], 16, scale)
+
+
 _EXAMPLES = (
     "int8/channel",
     "int8/channel:narrow",
@@ -158,6 +168,7 @@ def named_format(name: str) -> Format:
     - `even` allows even zero points only, so that it makes no difference whether a runtime rounds before or after it
       adds them.
     - `scale=...` says how the scale is stored: float32 unless said, or another float type.
+    - `nvfp4:global=N` is nvfp4 whose scale of scales is 2**N, whatever the tensor: layers that share one can be fused.
     - `pad` lets the last group of a row be short; it is stored in full. `axis=0` cuts groups from that dimension
       instead of the last.
 
@@ -175,6 +186,8 @@ def named_format(name: str) -> Format:
         return _plain(_FLOATS[name], name)
     if name in _BLOCK_FORMATS:
         return replace(_BLOCK_FORMATS[name](), name=name)
+    if match := re.fullmatch(r"nvfp4:global=(-?\d{1,2})", name):
+        return replace(nvfp4_on(2.0 ** int(match[1])), name=name)
     try:
         return _composed(name)
     except _UnknownWordError as unknown:

@@ -72,6 +72,53 @@ class LookupGrid(Grid):
         return torch.bucketize(x, torch.tensor(self._boundaries, device=x.device), right=True)
 
 
+@dataclass(frozen=True)
+class ConstantGrid(Grid):
+    """One value, which is part of the format: whatever is stored reads as it.
+
+    >>> ConstantGrid(0.5).nearest(torch.tensor([3.0]))
+    tensor([0.5000])
+    """
+
+    value: float
+
+    @property
+    def bits(self) -> float:
+        """None."""
+        return 0
+
+    @property
+    def lowest(self) -> float:
+        """The value."""
+        return self.value
+
+    @property
+    def highest(self) -> float:
+        """The value."""
+        return self.value
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """A byte that says nothing."""
+        return torch.uint8
+
+    def encode(self, x: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """Zeros uint8 in the shape of x [...]."""
+        return torch.zeros_like(x, dtype=torch.uint8)
+
+    def decode(self, codes: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """The value, float32 in the shape of codes [...]."""
+        return torch.full_like(codes, self.value, dtype=torch.float32)
+
+    def nearest(self, x: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """The value, float32 in the shape of x [...]."""
+        return torch.where(x.isnan(), torch.nan, self.decode(x))
+
+    def values(self) -> Tensor:
+        """The value, float32 [1]."""
+        return torch.tensor([self.value])
+
+
 class VectorGrid(Grid):
     """A codebook: one code stands for `dimension` neighbouring values of the last dimension.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from isogrid.errors import PlanError
 from isogrid.formats import PerGroup
 from isogrid.formats.granularity import Granularity
-from isogrid.layers import llamacpp_activations
+from isogrid.layers import llamacpp_activations, vllm_activations
 from isogrid.layers.activation_rule import ActivationRule
 from isogrid.layers.bitnet_activations import BitNetActivations
 from isogrid.layers.nbits import BLOCKS, reciprocal_int8
@@ -41,7 +41,12 @@ class MatMulNBits(ActivationRule):
 
 ACTIVATION_RULES: dict[str, ActivationRule] = {
     rule.name: rule
-    for rule in (*[MatMulNBits(block) for block in BLOCKS], *llamacpp_activations.RULES, BitNetActivations())
+    for rule in (
+        *[MatMulNBits(block) for block in BLOCKS],
+        *llamacpp_activations.RULES,
+        *vllm_activations.RULES,
+        BitNetActivations(),
+    )
 }
 """The rules by the name that a plan carries; a target names one for each layer, see `Target.activation_rule`."""
 

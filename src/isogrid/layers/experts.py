@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.layers.borrowed import TakenApart
+from isogrid.layers.integer import uncounted
 from isogrid.layers.layer import QuantizedLayer, link, replacement
 from isogrid.layers.operations import BilinearOperation, GroupedOperation
+from isogrid.layers.stored import StoredLinear
 from isogrid.layers.weights import parameter_of
 
 
@@ -68,6 +70,18 @@ class QuantizedExperts(QuantizedLayer, BorrowedExperts):
 
     def forward(self, input: Tensor, ends: tuple[int, ...]) -> Tensor:  # type: ignore[override]
         with torch._C.DisableTorchFunction():
+            return self.compute(input, GroupedOperation(ends))
+
+    def to_integer(self) -> nn.Module:
+        """The layer that stores codes."""
+        return self.to_stored(StoredExperts)
+
+
+class StoredExperts(StoredLinear):
+    """One product of all experts, with a stored weight [experts * out, in]."""
+
+    def forward(self, input: Tensor, ends: tuple[int, ...]) -> Tensor:  # type: ignore[override]
+        with uncounted():
             return self.compute(input, GroupedOperation(ends))
 
 

@@ -15,7 +15,7 @@ from isogrid.layers.folding import Folded, fold
 from isogrid.layers.integer import StaticGrid
 from isogrid.layers.operations import BilinearOperation
 from isogrid.layers.static import Finish, static_operation
-from isogrid.layers.stored import with_stored_sums
+from isogrid.layers.stored import StoredInput, StoredLinear, with_stored_sums
 from isogrid.layers.weights import weight_of
 from isogrid.quantizers import Operand, Quantizer, quantized_operation
 
@@ -200,6 +200,14 @@ class QuantizedLayer(nn.Module):
     def to_integer(self) -> nn.Module:
         """The layer that computes on codes."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def to_stored(self, kind: type[StoredLinear]) -> StoredLinear:
+        """The layer that computes in float on its weight as it is stored."""
+        weight, bias = self.operands()
+        quantizer = self.input_quantizer
+        grid = None if quantizer is None else StoredInput(quantizer.format, quantizer.stored())
+        return kind(self.weight_quantizer.quantize(weight), bias, self.input_rule, grid)
 
     def _with_sign(self, operand: Operand) -> Operand:
         gain: Any = self.batch_norm.weight if self.batch_norm is not None else None

@@ -34,11 +34,10 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     @torch.no_grad()
     def _stored(self) -> nn.Module:
-        bias = None if self.bias is None else self.bias.detach().to(torch.float32)
-        quantized = self.weight_quantizer.quantize(weight_of(self))
-        if isinstance(self.input_rule, BitNetActivations) and is_ternary(quantized):
-            return TernaryLinear(quantized, bias)
-        return StoredLinear(quantized, bias, self.input_rule)
+        stored = self.to_stored(StoredLinear)
+        if isinstance(self.input_rule, BitNetActivations) and is_ternary(stored.quantized):
+            return TernaryLinear(stored.quantized, stored.bias)
+        return stored
 
     @torch.no_grad()
     def _packed(self) -> nn.Module:

@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from isogrid.formats import Format, Quantized
+from isogrid.formats import Affine, Format, Quantized
 from isogrid.formats.granularity import Shape
 from isogrid.layers.activation_rule import ActivationRule
 from isogrid.layers.integer import WeightOfCodes, uncounted
+from isogrid.layers.operations import BilinearOperation, LinearOperation
 
 PARTS = ("scale", "zero_point", "offset")
 
@@ -29,7 +30,7 @@ class StoredWeight(WeightOfCodes):
         super().__init__()
         self.format, self.shape = quantized.format, quantized.shape
         self.add_codes(quantized.codes.contiguous())
-        for path, codes in _parts(quantized):
+        for path, codes in parts_of(quantized):
             self.register_buffer("_".join(("weight", *path)), codes.contiguous())
 
     @property
@@ -56,30 +57,85 @@ class StoredWeight(WeightOfCodes):
         return f"shape={tuple(self.shape)}, weight={self.format}"
 
 
+class StoredInput(nn.Module):
+    """The grid of an input that is quantised before it is multiplied.
+
+    Its buffers are the scale and the zero point as they are stored.
+
+    Args:
+        fmt: of the input, with one scale for all of it.
+        affine: scale and zero point, [1].
+    """
+
+    scale: Tensor
+
+    def __init__(self, fmt: Format, affine: Affine) -> None:
+        super().__init__()
+        self.format = fmt
+        for name, part in zip(("scale", "zero_point"), affine, strict=False):
+            self.register_buffer(name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [...] on the grid, in its dtype."""
+        scale, zero_point = (
+            None if part is None else part.reshape(self.format.scale_shape(tuple(x.shape)))
+            for part in (self.scale, self._buffers["zero_point"])
+        )
+        return self.format.nearest(x, Affine(scale, zero_point)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return str(self.format)
+
+
 class StoredLinear(StoredWeight):
     """Linear, x [..., in] to [..., out] in x's dtype, with a stored weight [out, in].
 
     Args:
         quantized: the weight.
-        bias: float32 [out] or None.
-        activation_rule: what the runtime does to x, or None where it stays float.
+        bias: [out] or None.
+        activation_rule: what the runtime does to x as it comes, or None.
+        input: the grid of x, where it has one, or None.
     """
 
     bias: Tensor | None
 
-    def __init__(self, quantized: Quantized, bias: Tensor | None, activation_rule: ActivationRule | None) -> None:
+    def __init__(
+        self,
+        quantized: Quantized,
+        bias: Tensor | None,
+        activation_rule: ActivationRule | None = None,
+        input: StoredInput | None = None,
+    ) -> None:
         super().__init__(quantized)
-        self.register_buffer("bias", bias)
-        self.activation_rule = activation_rule
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.activation_rule, self.input = activation_rule, input
+
+    @property
+    def activations(self) -> str:
+        """The name of the rule or of the format of x, or `float`."""
+        if self.input is not None:
+            return str(self.input.format)
+        return "float" if self.activation_rule is None else self.activation_rule.name
 
     def forward(self, input: Tensor) -> Tensor:
         with uncounted():
-            weight = self.quantized
-            return stored_linear(input, weight.dequantize(), weight.affine.offset, self.bias, self.activation_rule)
+            return self.compute(input, LinearOperation())
+
+    def compute(self, x: Tensor, operation: BilinearOperation) -> Tensor:
+        """The product, by an operation whose geometry may differ from call to call."""
+        quantized, rule = self.quantized, self.activation_rule
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = operation.forward(self.rounded(x), quantized.dequantize().to(x.dtype), bias)
+        offset = quantized.affine.offset
+        return y if rule is None or offset is None else with_stored_sums(y, x, offset, rule)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """x as the runtime multiplies it."""
+        x = x if self.input is None else self.input(x)
+        return x if self.activation_rule is None else self.activation_rule(x)
 
     def extra_repr(self) -> str:
-        rule = "float" if self.activation_rule is None else self.activation_rule.name
-        return f"{super().extra_repr()}, activations={rule}"
+        return f"{super().extra_repr()}, activations={self.activations}"
 
 
 class StoredEmbedding(StoredWeight):
@@ -99,21 +155,6 @@ class StoredEmbedding(StoredWeight):
             return F.embedding(input, self.quantized.dequantize().to(self.dtype))
 
 
-def stored_linear(
-    x: Tensor, weight: Tensor, offset: Tensor | None, bias: Tensor | None, rule: ActivationRule | None
-) -> Tensor:
-    """`x^ @ weight.T + bias` in x's dtype, with x^ as a rule has it.
-
-    Args:
-        x: float [..., in].
-        weight: float32 [out, in], the values that the codes stand for.
-        offset: float32 [out, blocks] that is contained in them, or None.
-        bias: float32 [out] or None.
-        rule: None leaves x float.
-    """
-    bias = None if bias is None else bias.to(x.dtype)
-    y = F.linear(x if rule is None else rule(x), weight.to(x.dtype), bias)
-    return y if rule is None or offset is None else with_stored_sums(y, x, offset, rule)
 
 
 def with_stored_sums(y: Tensor, x: Tensor, offset: Tensor, rule: ActivationRule) -> Tensor:
@@ -129,11 +170,10 @@ def with_stored_sums(y: Tensor, x: Tensor, offset: Tensor, rule: ActivationRule)
     return y if error is None else y + F.linear(error, offset.detach()).to(y.dtype)
 
 
-def _parts(quantized: Quantized, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+def parts_of(quantized: Quantized, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
     """Codes of scale, zero point and offset, and of what these are made of, by their paths."""
     for part in PARTS:
         inner: Quantized | None = getattr(quantized, part)
         if inner is not None:
             yield (*path, part), inner.codes
-            yield from _parts(inner, (*path, part))
-
+            yield from parts_of(inner, (*path, part))

@@ -308,6 +308,8 @@ class _Recorder(TorchFunctionMode):
             kind, inputs = ("float", inputs) if x is None else (kind_of_extended(module), (self.value(x),))
             reason = reason and f"{type(module).__name__} extends a layer, and {reason}"
         type_ = type(module).__name__.removeprefix("Borrowed")
+        if getattr(module, "turned", False):  # its weight is stored [in, out]
+            type_ = {"linear": "Conv1D", "experts": "TurnedExperts"}.get(kind, type_)
         self._record(_What(kind, None, reason), type_, inputs, outputs, module)
 
     def _record(

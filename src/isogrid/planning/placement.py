@@ -17,34 +17,20 @@ from isogrid.layers.borrowed import TakenApart
 from isogrid.layers.weights import weight_key, weight_of
 from isogrid.planning.arguments import Arguments
 from isogrid.planning.chains import Chain, fused_additions, nonnegative
+from isogrid.planning.choice import NORM_WEIGHT, Choice
+from isogrid.planning.fused import fuse, fused_with, has_one_scale
 from isogrid.planning.graph import COMPUTING_KINDS, JOINING_KINDS, LAYER_KINDS, Call, Graph
 from isogrid.planning.grids import Grids, Owner
 from isogrid.planning.mixtures import Assigned, assign
 from isogrid.planning.neighbours import neighbours_at_work
 from isogrid.planning.norms import as_convolutions, lone_norms
-from isogrid.planning.plan import LayerPlan, OperationPlan, Plan, Site
+from isogrid.planning.plan import Feed, LayerPlan, OperationPlan, Plan, Site
 from isogrid.planning.roles import Weight
 from isogrid.planning.routers import routers
 from isogrid.planning.rules import Rule, Scheme, unmatched_rule_error
 from isogrid.planning.stubs import outside_stubs
 from isogrid.planning.target import Target
 from isogrid.quantizers.estimators import estimator_from_name
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What rules and scheme say about one layer or operation; as in `isogrid.Rule`."""
-
-    weight: str
-    activation: str | None
-    scale: str
-    estimator: str
-    range: str
-    reason: str
-
-
-NORM_WEIGHT = Choice("int8/channel", None, "frozen", "ste", "absmax", "batch norm alone: a convolution by 1, exact")
-"""Batch norm alone multiplies each channel by 1, then by its factor, which is the scale of that 1."""
 
 
 @dataclass
@@ -89,6 +75,8 @@ class Placement:
             self._norms = lone_norms(self.graph, self.choices)
             self.graph = as_convolutions(self.graph, self._norms)
             self._decide((name for name in self.graph.by_name if name in self._norms), used, refused)
+        if self.target.fused_layers:
+            self.choices |= fuse(self.choices, self._fused, self._weight, self.target.name)
         for index, rule in enumerate(self.rules):
             if index in used:
                 continue
@@ -122,7 +110,14 @@ class Placement:
             return why
         if any(other.kind != call.kind or len(other.inputs) != len(call.inputs) for other in calls):
             return next((other.reason for other in calls if other.reason), "its calls are of different kinds")
+        if self.scheme.keeps_heads and self.scheme.arithmetic != "static" and self._leaves_model(calls):
+            return f"its output leaves the model, and {self.target.name} keeps heads in half precision"
         return self.target.supports(call, self.scheme)
+
+    @cached_property
+    def _fused(self) -> dict[str, tuple[str, ...]]:
+        layers = [name for name, calls in self.graph.by_name.items() if calls[0].kind == "linear"]
+        return fused_with(layers, self.target.fused_layers)
 
     @cached_property
     def _outside_stubs(self) -> dict[str, str]:
@@ -206,14 +201,41 @@ class Placement:
 
     def _weight_plan(self) -> Plan:
         layers = [self._float_layer(name, self.graph.calls_of(name)[0].kind) for name in self.choices]
-        return self._assembled(self._weight_sites(layers), layers, [], {})
+        return self._assembled(self._weight_sites(layers) + self._input_sites(), layers, [], {})
 
     def _float_layer(self, name: str, kind: str) -> LayerPlan:
-        if kind not in ("linear", "experts") or self.scheme.arithmetic != "dynamic":
+        if name in self._inputs:
+            feed = Feed(f"{self._inputs[name]}.input", on_grid=False)
+            return LayerPlan(name, self._weight_owner[name], feed, arithmetic="float")
+        if kind not in ("linear", "experts") or self.scheme.arithmetic == "weight_only":
             return LayerPlan(name, self._weight_owner[name], arithmetic="weight_only")
         rule = self.target.activation_rule(named_format(self.choices[name].weight), self.scheme)
-        arithmetic = "weight_only" if rule is None else "dynamic"
+        arithmetic = "weight_only" if rule is None else self.scheme.arithmetic
         return LayerPlan(name, self._weight_owner[name], arithmetic=arithmetic, activation_rule=rule)
+
+    @cached_property
+    def _inputs(self) -> dict[str, str]:
+        """For layers whose input has a grid while they compute in float: the first layer that reads the same value."""
+        first: dict[Hashable, str] = {}
+        found = {}
+        for name, choice in self.choices.items():
+            call = self.graph.calls_of(name)[0]
+            if self.scheme.arithmetic == "float" and choice.activation and call.kind in ("linear", "experts"):
+                key = self.graph.origin(call.inputs[0])[0], choice.activation, choice.scale, choice.range
+                found[name] = first.setdefault(key, name)
+        return found
+
+    def _input_sites(self) -> list[Site]:
+        sites = []
+        for name in dict.fromkeys(self._inputs.values()):
+            choice, call = self.choices[name], self.graph.calls_of(name)[0]
+            assert choice.activation is not None
+            self.target.check_format("activation", named_format(choice.activation), call, self.scheme)
+            others = [other for other, owner in self._inputs.items() if owner == name != other]
+            reason = choice.reason + (f", shared with {', '.join(others)}" if others else "")
+            how = (choice.activation, choice.scale, choice.estimator, choice.range)
+            sites.append(Site(f"{name}.input", "input", *how, call.shape, reason))
+        return sites
 
     @cached_property
     def _weight_owner(self) -> dict[str, str]:
@@ -222,7 +244,10 @@ class Placement:
         found = {}
         for name in self.choices:
             if self.graph.calls_of(name)[0].kind in LAYER_KINDS:
-                found[name] = first.setdefault(weight_key(self.model.get_submodule(name)), f"{name}.weight")
+                key: Hashable = weight_key(self.model.get_submodule(name))
+                if name in self._fused and has_one_scale(named_format(self.choices[name].weight)):
+                    key = self._fused[name]
+                found[name] = first.setdefault(key, f"{name}.weight")
         return found
 
     def _weight_sites(self, layers: Sequence[LayerPlan]) -> list[Site]:
@@ -268,10 +293,13 @@ class Placement:
         least, shape = self.scheme.least_product, tuple(self._weight(name).shape)
         if calls[0].kind == "linear" and min(shape) < least:
             return f"{shape[1]} inputs and {shape[0]} outputs: fewer than {least} are faster in half precision"
-        outputs = {self.graph.origin(value)[0] for value in self.graph.model_outputs}
-        if self.scheme.keeps_heads and outputs & {call.output for call in calls}:
+        if self.scheme.keeps_heads and self._leaves_model(calls):
             return "its output leaves the model, and heads stay in half precision"
         return ""
+
+    def _leaves_model(self, calls: Sequence[Call]) -> bool:
+        outputs = {self.graph.origin(value)[0] for value in self.graph.model_outputs}
+        return bool(outputs & {call.output for call in calls})
 
     def _activation(self, owner: Owner, choice: Choice, nonnegative: Collection[str]) -> str:
         """The format of a grid: the scheme may have another for what is never negative, and for what comes in."""

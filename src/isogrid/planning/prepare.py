@@ -45,6 +45,7 @@ from isogrid.planning.classify import kind_of, layer_type
 from isogrid.planning.exchange import exchange, take_apart
 from isogrid.planning.lending import lend, take_back
 from isogrid.planning.plan import LayerPlan, OperationPlan, Plan, Site
+from isogrid.planning.site_weights import weight_at
 from isogrid.planning.state import add_state, is_prepared
 from isogrid.quantizers import Quantizer
 from isogrid.quantizers.estimators import estimator_from_name
@@ -146,7 +147,7 @@ class _Builder:
         for site in self.plan.sites:
             quantizer = self.quantizers[site.name] = make_quantizer(site)
             if site.kind == "weight":
-                weight = weight_of(self._module(site.name.removesuffix(".weight"))).detach()
+                weight = weight_at(self.model, self.plan, site.name)
                 quantizer.to(weight.device).fit(weight)
             else:
                 quantizer.to(self.device)
@@ -176,7 +177,7 @@ class _Builder:
                 "look for the step of training that made them."
             )
         known = self.plan.site(layer.weight).shape
-        if tuple(weight.shape) != known:
+        if tuple(weight.shape) != known and layer.weight == f"{layer.path}.weight":
             raise PlanError(
                 f"The plan knows {layer.path!r} with a weight of shape {list(known)}, not {list(weight.shape)}. "
                 "Plan this model anew."
@@ -217,17 +218,17 @@ class _Builder:
     def _configure(self, plan: LayerPlan) -> None:
         module: Any = self._module(plan.path)
         self._give(module, plan.path, "weight_quantizer", plan.weight)
-        packs_nbits = KERNELS[self.plan.kernels].packs_nbits
+        kernels = KERNELS[self.plan.kernels]
         if isinstance(module, QuantizedTable):
             is_static = any(layer.arithmetic == "static" for layer in self.plan.layers)
-            module.keeps_format = not packs_nbits and not is_static
+            module.keeps_format = not kernels.packs_nbits and not is_static
             return
         assert isinstance(module, QuantizedLayer)
         module.arithmetic = "static" if plan.arithmetic == "static" else "float"
         module.clamp = plan.clamp
         module.input_on_grid = plan.input.on_grid if plan.input is not None else False
         module.input_rule = None if plan.activation_rule is None else activation_rule(plan.activation_rule)
-        module.packs_nbits = packs_nbits
+        module.packs_nbits = kernels.packs_nbits
         self._give(module, plan.path, "input_quantizer", plan.input.grid if plan.input is not None else None)
         self._give(module, plan.path, "output_quantizer", plan.output)
         norm: Any = self._module(plan.batch_norm) if plan.batch_norm is not None else None

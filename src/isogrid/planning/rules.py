@@ -14,6 +14,7 @@ from isogrid.quantizers.estimators import estimator_from_name
 from isogrid.quantizers.ranges import range_from_name
 
 ScaleChoice = Literal["learned", "frozen", "moving", "dynamic"]
+FloatArithmetic = Literal["weight_only", "float"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,8 @@ class Scheme:
         name: as users write it.
         weight: format of weights.
         activation: format of activations, or None where they stay float.
-        arithmetic: `static` (integers end to end), `weight_only` or `dynamic` (the runtime quantises activations).
+        arithmetic: `static` (integers end to end), `weight_only`, `dynamic` (the runtime quantises activations), or
+            `float` (weights and inputs of products are quantised, and multiplied in float).
         description: one line for people.
         target: the runtime that is planned for where none is named.
         nonnegative: format of activations behind a ReLU, where it is another one.
@@ -103,7 +105,7 @@ class Scheme:
     name: str
     weight: str
     activation: str | None
-    arithmetic: Literal["static", "weight_only", "dynamic"]
+    arithmetic: Literal["static", "weight_only", "dynamic", "float"]
     description: str
     target: str = "onnxruntime"
     nonnegative: str | None = None
@@ -120,6 +122,20 @@ class Scheme:
 
 
 _SEVEN_BITS = "8-bit weights, activations of 7 bits (0..127), whose products no x86 CPU lets overflow"
+
+_OF_VLLM: tuple[tuple[str, str, str | None, FloatArithmetic, str], ...] = (
+    ("w3a16", "int3/group128:scale=bfloat16", None, "weight_only", "3-bit weights in dense words"),
+    ("w5a16", "int5/group128:scale=bfloat16", None, "weight_only", "5-bit weights in dense words"),
+    ("w6a16", "int6/group128:scale=bfloat16", None, "weight_only", "6-bit weights in dense words"),
+    ("w7a16", "int7/group128:scale=bfloat16", None, "weight_only", "7-bit weights in dense words"),
+    ("w4a16-asym", "uint4/group128:scale=bfloat16", None, "weight_only", "4-bit weights with zero points"),
+    ("fp8", "fp8_e4m3/tensor", "fp8_e4m3/tensor", "float", "FP8 weights and inputs, a scale per tensor"),
+    ("fp8-dynamic", "fp8_e4m3/channel", None, "float", "FP8 weights per channel, inputs per token as they come"),
+    ("fp8-block", "fp8_e4m3/tile128x128", None, "float", "FP8 weights per 128x128, inputs per 128 as they come"),
+    ("nvfp4a16", "nvfp4", None, "weight_only", "4-bit floats in groups of 16 on FP8 scales"),
+    ("mxfp4a16", "mxfp4", None, "weight_only", "4-bit floats in groups of 32 on powers of two"),
+)
+"""What vLLM runs and other targets do not; names as llm-compressor's presets."""
 
 _OF_LLAMA_CPP = (
     ("f16", "float16", None, "weights and activations of every product in float16"),
@@ -189,6 +205,10 @@ SCHEMES: dict[str, Scheme] = {
             nonnegative="uint4/tensor:symmetric,scale=e8m0",
             first_and_last="int8/channel:scale=e8m0",
             inputs="int8/tensor:scale=e8m0",
+        ),
+        *(
+            Scheme(name, weight, activation, arithmetic, what, target="vllm", keeps_heads=True)
+            for name, weight, activation, arithmetic, what in _OF_VLLM
         ),
         *(
             Scheme(name, weight, None, "dynamic", what, target="llamacpp", mixture=mixture, falls_back=True)

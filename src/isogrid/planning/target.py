@@ -30,6 +30,11 @@ class Target(Protocol):
         """Whether an addition is computed inside the layer before it, so that the layer's own output is not rounded."""
         ...
 
+    @property
+    def fused_layers(self) -> tuple[tuple[str, ...], ...]:
+        """Layers that it computes as one where they are siblings, by the last parts of their names."""
+        ...
+
     def scheme_for(self, scheme: Scheme) -> Scheme:
         """The scheme as this runtime stores it: another format of activations, another precision of scales."""
         ...

@@ -32,6 +32,7 @@ TARGETS = {
     "torch-export": Entry("isogrid.targets.torch_export", "TorchExport", "isogrid"),
     "pytorch": Entry("isogrid.targets.pytorch", "PyTorch", "isogrid"),
     "litert": Entry("isogrid.targets.litert", "LiteRT", "isogrid[litert]"),
+    "vllm": Entry("isogrid.targets.vllm", "Vllm", "isogrid[vllm]"),
     "llamacpp": Entry("isogrid.targets.llamacpp", "LlamaCpp", "isogrid[gguf]"),
 }
 """The runtimes by name. A runtime's packages are imported when it is asked for, not before."""

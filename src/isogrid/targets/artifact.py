@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import secrets
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +17,21 @@ from isogrid.planning.plan import Plan
 FORMAT = 1
 """Version of the sidecar; a reader refuses a newer one."""
 
+FOLDER_SIDECAR = "isogrid.json"
+"""The sidecar's name in an artefact that is a folder."""
+
 
 @dataclass(frozen=True)
 class Artifact:
     """A file that a runtime runs, with what belongs to it.
 
     Attributes:
-        path: of the file.
+        path: of the file, or of the folder.
         target: name of the runtime.
         session_options: settings that keep the runtime to what was trained.
         plan: of the model that was exported.
         versions: of the packages that wrote it.
-        sha256: of the file.
+        sha256: of the file, or of the names and contents of all files in the folder but the sidecar.
     """
 
     path: Path
@@ -37,8 +43,9 @@ class Artifact:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the file."""
-        return self.path.stat().st_size
+        """Size of the file, or of all files in the folder."""
+        files = _files(self.path) if self.path.is_dir() else [self.path]
+        return sum(file.stat().st_size for file in files)
 
     def to_sidecar(self) -> dict[str, Any]:
         """What the sidecar holds, as JSON data."""
@@ -53,12 +60,12 @@ class Artifact:
 
 
 def sidecar_path(path: Path) -> Path:
-    """Where the sidecar of an artefact lies.
+    """Where the sidecar of an artefact lies: beside a file, and in a folder.
 
     >>> sidecar_path(Path("runs/model.onnx")).name
     'model.onnx.json'
     """
-    return path.with_name(path.name + ".json")
+    return path / FOLDER_SIDECAR if path.is_dir() else path.with_name(path.name + ".json")
 
 
 def write_artifact(artifact: Artifact, write: Callable[[Path], Any]) -> Artifact:
@@ -95,6 +102,40 @@ def write_artifact(artifact: Artifact, write: Callable[[Path], Any]) -> Artifact
     return written
 
 
+def write_folder(artifact: Artifact, write: Callable[[Path], Any]) -> Artifact:
+    """Write an artefact that is a folder, with the sidecar in it; a folder that is there is replaced as a whole.
+
+    Args:
+        artifact: its `sha256` is ignored and becomes that of what is written.
+        write: fills the folder at the path that it is given.
+
+    Raises:
+        ArtifactError: the folder cannot be written, or is none of Isogrid's; what was there is untouched.
+    """
+    path = artifact.path
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not sidecar_path(path).is_file()):
+        raise ArtifactError(f"{path} is there already and was not exported by Isogrid. Name another folder.")
+    mark = secrets.token_hex(8)
+    temporary, old = path.with_name(f".{path.name}.{mark}.new"), path.with_name(f".{path.name}.{mark}.old")
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        written = replace(artifact, sha256=_folder_digest(temporary))
+        write_json(temporary / FOLDER_SIDECAR, written.to_sidecar())
+        if path.is_dir():
+            path.replace(old)
+        temporary.replace(path)
+    except (OSError, CheckpointError) as error:
+        if old.is_dir() and not path.exists():
+            old.replace(path)
+        raise ArtifactError(f"Cannot write {path}: {error}. What was there before is untouched.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+    return written
+
+
 def read_artifact(path: str | Path) -> Artifact:
     """An artefact with its sidecar, checked against its digest.
 
@@ -103,7 +144,7 @@ def read_artifact(path: str | Path) -> Artifact:
     """
     path = Path(path)
     sidecar = sidecar_path(path)
-    if not path.is_file():
+    if not path.exists():
         raise ArtifactError(f"There is no file {path}. Write one with isogrid.export(model, path).")
     if not sidecar.is_file():
         raise ArtifactError(
@@ -130,19 +171,33 @@ def read_artifact(path: str | Path) -> Artifact:
 def _entry_of(path: Path) -> dict[str, Any] | None:
     """What the sidecar says about the file as it is; None where it says nothing about it."""
     sidecar = sidecar_path(path)
-    if not (path.is_file() and sidecar.is_file()):
+    if not (path.exists() and sidecar.is_file()):
         return None
     try:
         data = json.loads(sidecar.read_text(encoding="utf-8"))
         if data["format"] > FORMAT:
             raise ArtifactError(f"{sidecar} is of a newer Isogrid (format {data['format']}). Upgrade Isogrid.")
-        content = digest(path)
+        content = _folder_digest(path) if path.is_dir() else digest(path)
         entries = [data, *([data["previous"]] if "previous" in data else [])]
         return next((entry for entry in entries if entry["sha256"] == content), None)
     except OSError as error:
         raise ArtifactError(f"Cannot read {path}: {error.strerror or error}.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise _corrupt(sidecar, error) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of an artefact that is a folder, without the sidecar; hidden ones are none of it."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith("."))
+    return [file for file in files if file != folder / FOLDER_SIDECAR]
+
+
+def _folder_digest(folder: Path) -> str:
+    """SHA-256 of the names and digests of all files."""
+    hasher = sha256()
+    for file in _files(folder):
+        hasher.update(f"{file.relative_to(folder).as_posix()}\n{digest(file)}\n".encode())
+    return hasher.hexdigest()
 
 
 def _corrupt(sidecar: Path, error: Exception) -> ArtifactError:

@@ -38,7 +38,7 @@ class ExecuTorch:
     name = "executorch"
     kernels = "xnnpack"
     float_endings: frozenset[str] = frozenset()
-    fuses_additions = False
+    fused_layers: tuple[tuple[str, ...], ...] = ()
     fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

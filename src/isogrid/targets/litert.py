@@ -38,6 +38,7 @@ class LiteRT:
     name = "litert"
     kernels = "xnnpack"
     float_endings: frozenset[str] = frozenset()
+    fused_layers: tuple[tuple[str, ...], ...] = ()
     fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

@@ -43,6 +43,7 @@ class LlamaCpp:
     name = "llamacpp"
     kernels = "float"
     float_endings: frozenset[str] = frozenset()
+    fused_layers: tuple[tuple[str, ...], ...] = ()
     fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

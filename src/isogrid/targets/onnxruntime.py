@@ -38,6 +38,7 @@ class OnnxRuntime:
     name = "onnxruntime"
     kernels = "onnxruntime"
     float_endings = frozenset({"linear", "matmul"})
+    fused_layers: tuple[tuple[str, ...], ...] = ()
     fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

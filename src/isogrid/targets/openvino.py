@@ -40,6 +40,7 @@ class OpenVino:
     name = "openvino"
     kernels = "openvino"
     float_endings = frozenset({"linear"})
+    fused_layers: tuple[tuple[str, ...], ...] = ()
     fuses_additions = True
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

@@ -29,6 +29,7 @@ class Qonnx:
     name = "qonnx"
     kernels = "qonnx"
     float_endings = frozenset({"linear"})
+    fused_layers: tuple[tuple[str, ...], ...] = ()
     fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

@@ -39,6 +39,7 @@ class TensorRt:
     name = "tensorrt"
     kernels = "tensorrt"
     float_endings = frozenset({"linear"})
+    fused_layers: tuple[tuple[str, ...], ...] = ()
     fuses_additions = True
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

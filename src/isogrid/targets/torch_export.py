@@ -39,6 +39,7 @@ class TorchExport:
     kernels = "torch"
     # An ending in float would agree to a rounding only, an ending in codes agrees.
     float_endings: frozenset[str] = frozenset()
+    fused_layers: tuple[tuple[str, ...], ...] = ()
     fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

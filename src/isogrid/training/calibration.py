@@ -10,8 +10,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_leaves
 
 from isogrid.errors import NonFiniteError, NotCalibratedError
-from isogrid.layers.weights import refresh_weights, weight_of
+from isogrid.layers.weights import refresh_weights
 from isogrid.planning.arguments import Arguments
+from isogrid.planning.site_weights import weight_at
 from isogrid.planning.state import activation_quantizers, prepared_state, quantizers, weight_quantizers
 
 
@@ -64,8 +65,8 @@ def calibrate(
         fit_activations(model)
         refresh_weights(model)
         for name, quantizer in weight_quantizers(model).items():
-            layer = model.get_submodule(name.rpartition(".")[0])
-            quantizer.fit(weight_of(layer).detach())
+            site = f"{name.rpartition('.')[0]}.weight"
+            quantizer.fit(weight_at(model, prepared_state(model).plan, site))
     finally:
         for module, flag in flags.items():
             module.training = flag

@@ -12,10 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from isogrid.layers.integer import IntegerLayer, PackedLinear
 from isogrid.layers.matmul import IntegerMatmul
+from isogrid.layers.stored import StoredLinear
 from isogrid.planning.convert import watched
 from isogrid.verification.names import Names
 
-LAYERS = (IntegerLayer, IntegerMatmul, PackedLinear, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Packed = PackedLinear | StoredLinear
+"""Layers with packed weights, whose input and output a runtime shows."""
+
+LAYERS = (IntegerLayer, IntegerMatmul, PackedLinear, StoredLinear, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Modules that multiply, and after which the runtime's operators are named."""
 
 
@@ -51,7 +55,7 @@ class View:
         """At the input of a packed layer; the run goes on with the values returned."""
         return x
 
-    def leaving(self, name: str, layer: PackedLinear, x: Tensor, y: Tensor) -> Tensor:
+    def leaving(self, name: str, layer: Packed, x: Tensor, y: Tensor) -> Tensor:
         """At the output of a packed layer, which was made of x; the run goes on with the values returned."""
         return y
 
@@ -66,14 +70,14 @@ def viewed(reference: nn.Module, view: View) -> Iterator[None]:
         calls[path] += 1
         layer = names.next(path) if isinstance(module, LAYERS) else None
         view.started(path, layer)
-        if layer is None or not isinstance(module, PackedLinear):
+        if layer is None or not isinstance(module, Packed):
             return None
         layers.append(layer)
-        return (view.entering(layer, args[0]),)
+        return (view.entering(layer, args[0]), *args[1:])
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
         view.finished(output)
-        return view.leaving(layers.pop(), module, args[0], output) if isinstance(module, PackedLinear) else None
+        return view.leaving(layers.pop(), module, args[0], output) if isinstance(module, Packed) else None
 
     def watch(name: str, codes: Tensor) -> Tensor:
         count = calls[name.rpartition(".")[0]]

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isogrid.layers.integer import PackedLinear
 from isogrid.planning.values import tensors_in
 from isogrid.targets import Observed
 from isogrid.verification.names import site_of
-from isogrid.verification.reference import Quantization, View, viewed
+from isogrid.verification.reference import Packed, Quantization, View, viewed
 from isogrid.verification.report import ReplayCheck
 from isogrid.verification.survey import Survey
 from isogrid.verification.tally import Tally
@@ -126,7 +125,7 @@ class _Substitution(View):
         self.replays._of_values(f"{name}.input", depth).add(theirs, x)
         return theirs
 
-    def leaving(self, name: str, layer: PackedLinear, x: Tensor, y: Tensor) -> Tensor:
+    def leaving(self, name: str, layer: Packed, x: Tensor, y: Tensor) -> Tensor:
         if name not in self.seen.layers:
             return y
         _, theirs = self.seen.layers[name]
@@ -134,9 +133,9 @@ class _Substitution(View):
         return theirs
 
 
-def _largest_sum(layer: PackedLinear, x: Tensor) -> float:
+def _largest_sum(layer: Packed, x: Tensor) -> float:
     """The largest sum of magnitudes behind one output."""
-    return float(nn.functional.linear(x.abs().float(), layer.weight.abs()).nan_to_num(posinf=0.0).max())
+    return float(nn.functional.linear(x.abs().float(), layer.weight.abs().float()).nan_to_num(posinf=0.0).max())
 
 
 def _alike(a: Quantization, b: Quantization) -> bool:

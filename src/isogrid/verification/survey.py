@@ -142,8 +142,14 @@ class Survey(View):
         self.work = [work._replace(read=is_read) for work, is_read in zip(self.work, read, strict=True)]
 
     def _multiplied(self, macs: int, results: list[Tensor], repeated: bool) -> None:
-        self.work.append(self._calls[-1]._replace(macs=macs, repeated=repeated))
-        self._work_marks.append(self._tracker.flow.mark(results))
+        call, last = self._calls[-1], self.work[-1] if self.work else None
+        mark = self._tracker.flow.mark(results)
+        if last is not None and call.layer is not None and call.layer == last.layer:
+            self.work[-1] = last._replace(macs=last.macs + macs)  # a product of each expert
+            self._work_marks[-1] |= mark
+        else:
+            self.work.append(call._replace(macs=macs, repeated=repeated))
+            self._work_marks.append(mark)
 
 
 def survey(reference: nn.Module, run: Run, inputs: tuple[Any, ...], reproduced: bool = True) -> Survey:

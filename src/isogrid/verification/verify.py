@@ -146,6 +146,8 @@ class _Verification:
         # made of it shows whether that is right.
         again = {site_of(name) for name, number in computed.items() if number in present}
         seen = self.sites.keys() | again | {site_of(name) for name in self.survey.constants}
+        # What a float product rounds as it reads it has a scale in the file, and codes nowhere.
+        seen |= {layer.input.grid for layer in self.plan.layers if layer.input and layer.arithmetic == "float"}
         return [site.name for site in self.plan.sites if site.kind != "weight" and site.name not in seen]
 
     def _unread(self) -> set[str]:

@@ -1,0 +1,83 @@
+"""What vLLM's checkpoints say about the inputs of layers: quantised as they come, with a scale for each token.
+
+As compressed-tensors 0.20 computes it (`calculate_qparams`, `_quantize_dequantize`), and with it transformers: the
+scale is the largest magnitude over half of the grid's width, in true division, and so is the value over the scale.
+vLLM's own kernels for int8 divide by 127 and multiply by a reciprocal.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isogrid.formats import PerGroup, PerToken
+from isogrid.formats.granularity import Granularity
+from isogrid.layers.activation_rule import ActivationRule
+
+FP8 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Int8Token(ActivationRule):
+    """int8 on `amax / 127.5` of each token.
+
+    >>> Int8Token()(torch.tensor([[127.5, -127.5, 1.4]]))
+    tensor([[ 127., -128.,    1.]])
+    """
+
+    @property
+    def name(self) -> str:
+        return "int8-token"
+
+    @property
+    def granularity(self) -> Granularity:
+        return PerToken()
+
+    def values(self, x: Tensor) -> Tensor:
+        scale = _scale(x, 127.5)
+        return torch.round((x / scale).clamp(-128, 127)) * scale
+
+
+@dataclass(frozen=True)
+class Fp8Token(ActivationRule):
+    """FP8 E4M3 on `amax / 448` of each token.
+
+    >>> Fp8Token()(torch.tensor([[448.0, 17.0]]))
+    tensor([[448.,  16.]])
+    """
+
+    @property
+    def name(self) -> str:
+        return "fp8-token"
+
+    @property
+    def granularity(self) -> Granularity:
+        return PerToken()
+
+    def values(self, x: Tensor) -> Tensor:
+        scale = _scale(x, 448.0)
+        return (x / scale).clamp(-448, 448).to(FP8).to(torch.float32) * scale
+
+
+@dataclass(frozen=True)
+class Fp8Group(Fp8Token):
+    """FP8 E4M3 on `amax / 448` of each 128 features of a token."""
+
+    @property
+    def name(self) -> str:
+        return "fp8-group128"
+
+    @property
+    def granularity(self) -> Granularity:
+        return PerGroup(128)
+
+
+def _scale(x: Tensor, half_width: float) -> Tensor:
+    """The scale float32 [blocks, 1] of blocks; of a block of zeros the smallest step of float32 at 1."""
+    largest = x.float().abs().amax(-1, keepdim=True)
+    scale = largest / torch.full_like(largest, half_width)
+    return torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)
+
+
+RULES = (Int8Token(), Fp8Token(), Fp8Group())
+"""The rules."""

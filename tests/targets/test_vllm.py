@@ -190,7 +190,7 @@ def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
 
 def test_layers_that_are_joined_need_one_format() -> None:
     rule = ig.Rule(match="*.k_proj", weight="int8/channel:scale=bfloat16")
-    with pytest.raises(PlanError, match="computes .*q_proj.*k_proj.* as one layer"):
+    with pytest.raises(PlanError, match=r"computes .*q_proj.*k_proj.* as one layer"):
         ig.plan(model_of("Llama"), target="vllm", scheme="w4a16", rules=[rule], example_inputs=BATCH)
 
 

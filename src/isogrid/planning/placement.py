@@ -18,6 +18,7 @@ from isogrid.layers.weights import weight_key, weight_of
 from isogrid.planning.arguments import Arguments
 from isogrid.planning.chains import Chain, fused_additions, nonnegative
 from isogrid.planning.choice import NORM_WEIGHT, Choice
+from isogrid.planning.float_inputs import input_owners, input_sites
 from isogrid.planning.fused import fuse, fused_with, has_one_scale
 from isogrid.planning.graph import COMPUTING_KINDS, JOINING_KINDS, LAYER_KINDS, Call, Graph
 from isogrid.planning.grids import Grids, Owner
@@ -106,7 +107,7 @@ class Placement:
 
     def _why_float(self, calls: Sequence[Call]) -> str | None:
         call = calls[0]
-        if (why := self._outside_stubs.get(call.name) or self._routers.get(call.name)) is not None:
+        if (why := self._apart.get(call.name)) is not None:
             return why
         if any(other.kind != call.kind or len(other.inputs) != len(call.inputs) for other in calls):
             return next((other.reason for other in calls if other.reason), "its calls are of different kinds")
@@ -120,12 +121,9 @@ class Placement:
         return fused_with(layers, self.target.fused_layers)
 
     @cached_property
-    def _outside_stubs(self) -> dict[str, str]:
-        return outside_stubs(self.graph)
-
-    @cached_property
-    def _routers(self) -> dict[str, str]:
-        return routers(self.model, self.graph)
+    def _apart(self) -> dict[str, str]:
+        """What stays float whatever the target, with the reason."""
+        return {**routers(self.model, self.graph), **outside_stubs(self.graph)}
 
     @cached_property
     def _assigned(self) -> dict[str, Assigned]:
@@ -201,7 +199,8 @@ class Placement:
 
     def _weight_plan(self) -> Plan:
         layers = [self._float_layer(name, self.graph.calls_of(name)[0].kind) for name in self.choices]
-        return self._assembled(self._weight_sites(layers) + self._input_sites(), layers, [], {})
+        inputs = input_sites(self.graph, self.choices, self.scheme, self.target, self._inputs)
+        return self._assembled(self._weight_sites(layers) + inputs, layers, [], {})
 
     def _float_layer(self, name: str, kind: str) -> LayerPlan:
         if name in self._inputs:
@@ -215,27 +214,7 @@ class Placement:
 
     @cached_property
     def _inputs(self) -> dict[str, str]:
-        """For layers whose input has a grid while they compute in float: the first layer that reads the same value."""
-        first: dict[Hashable, str] = {}
-        found = {}
-        for name, choice in self.choices.items():
-            call = self.graph.calls_of(name)[0]
-            if self.scheme.arithmetic == "float" and choice.activation and call.kind in ("linear", "experts"):
-                key = self.graph.origin(call.inputs[0])[0], choice.activation, choice.scale, choice.range
-                found[name] = first.setdefault(key, name)
-        return found
-
-    def _input_sites(self) -> list[Site]:
-        sites = []
-        for name in dict.fromkeys(self._inputs.values()):
-            choice, call = self.choices[name], self.graph.calls_of(name)[0]
-            assert choice.activation is not None
-            self.target.check_format("activation", named_format(choice.activation), call, self.scheme)
-            others = [other for other, owner in self._inputs.items() if owner == name != other]
-            reason = choice.reason + (f", shared with {', '.join(others)}" if others else "")
-            how = (choice.activation, choice.scale, choice.estimator, choice.range)
-            sites.append(Site(f"{name}.input", "input", *how, call.shape, reason))
-        return sites
+        return input_owners(self.graph, self.choices, self.scheme)
 
     @cached_property
     def _weight_owner(self) -> dict[str, str]:
@@ -298,8 +277,7 @@ class Placement:
         return ""
 
     def _leaves_model(self, calls: Sequence[Call]) -> bool:
-        outputs = {self.graph.origin(value)[0] for value in self.graph.model_outputs}
-        return bool(outputs & {call.output for call in calls})
+        return not {self.graph.origin(v)[0] for v in self.graph.model_outputs}.isdisjoint(c.output for c in calls)
 
     def _activation(self, owner: Owner, choice: Choice, nonnegative: Collection[str]) -> str:
         """The format of a grid: the scheme may have another for what is never negative, and for what comes in."""

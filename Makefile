@@ -20,7 +20,7 @@ ifdef PYTHON
 endif
 PYTHON ?= python3
 
-# A runtime is a file of constraints, an extra in pyproject.toml and tests/runtimes/test_<runtime>.py.
+# A runtime is a file of constraints, an extra in pyproject.toml and tests/runtimes/test_<runtime>*.py.
 RUNTIMES ?= qemu $(patsubst constraints/%.txt,%,$(wildcard constraints/*.txt))
 
 .PHONY: help quickstart test test-runtimes lint types imports doctest check docs clean anew
@@ -40,7 +40,7 @@ test: .venv/dev
 test-runtimes: $(RUNTIMES:%=test-runtime-%)
 
 test-runtime-%: .venv-%/runtime
-	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -m runtime tests/runtimes/test_$*.py $(ARGS)
+	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -m runtime tests/runtimes/test_$**.py $(ARGS)
 
 # ONNX Runtime on the processors of others: no environment of its own, but an emulator from the system's packages.
 test-runtime-qemu: .venv/dev

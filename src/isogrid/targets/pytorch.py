@@ -23,6 +23,7 @@ class PyTorch:
     name = "pytorch"
     kernels = "float"
     float_endings: frozenset[str] = frozenset()
+    fused_layers: tuple[tuple[str, ...], ...] = ()
     fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

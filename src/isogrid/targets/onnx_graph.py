@@ -27,7 +27,8 @@ POOLINGS = {"AveragePool", "MaxPool"}
 PASSED = {"Clip", "Flatten", "MaxPool", "Relu", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 MODULE_PATH = "pkg.torch.onnx.name_scopes"
 ORIGIN = "pkg.torch.onnx.fx_node"
-OUR_PRODUCT = "isogrid.static_matmul"
+OURS = "isogrid.static_"
+OUR_PRODUCT = f"{OURS}matmul"
 
 
 Pass = Callable[[ir.Model], None]
@@ -210,6 +211,39 @@ def _give_zero_point(dequantize: ir.Node, graph: ir.Graph) -> None:
     dequantize.replace_input_with(2, zero_point)
 
 
+def separate_results(model: ir.Model) -> None:
+    """Operations that differ only in the grid of their result each have a node of their own.
+
+    ONNX Runtime has integer kernels for a node that one QuantizeLinear reads. It would merge equal nodes again, which
+    an axis keeps apart: a DequantizeLinear with one scale for all takes no notice of it.
+    """
+    for node in list(model.graph):
+        if node.op_type not in REPLACED | {"MatMul"} or not all(_is_value_of_codes(value) for value in node.inputs):
+            continue
+        readers = [reader for reader in node.outputs[0].consumers() if reader.op_type == "QuantizeLinear"]
+        others = [reader for reader in readers if not _same_origin(node, reader) and OURS in _origin(reader)]
+        rank = min(len(value.shape or ()) for value in node.inputs if value is not None)
+        for reader, axis in zip(others, (0, *range(-1, -rank - 1, -1)), strict=False):
+            _separate(node, reader, axis, model.graph)
+
+
+def _is_value_of_codes(value: ir.Value | None) -> bool:
+    node = None if value is None else value.producer()
+    return node is not None and node.op_type == "DequantizeLinear"
+
+
+def _separate(node: ir.Node, reader: ir.Node, axis: int, graph: ir.Graph) -> None:
+    values = []
+    for number, value in enumerate(node.inputs):
+        assert value is not None
+        dequantize, name = producer_of(value), f"{reader.outputs[0].name}_operand{number}"
+        values.append(insert(graph, node, "DequantizeLinear", dequantize.inputs, {"axis": axis}, name))
+    copy = insert(graph, node, node.op_type, values, dict(node.attributes), f"{reader.outputs[0].name}_result")
+    copy.shape, copy.type = node.outputs[0].shape, node.outputs[0].type
+    producer_of(copy).metadata_props.update(reader.metadata_props)
+    reader.replace_input_with(0, copy)
+
+
 def keep_float(model: ir.Model) -> None:
     """What was float between two quantised tensors stays float.
 
@@ -224,7 +258,7 @@ def keep_float(model: ir.Model) -> None:
         y = node.outputs[0]
         is_product = node.op_type == "MatMul" and all(_is_dequantized(value) for value in node.inputs)
         # Where several read a value, its DequantizeLinear is that of the first: it does not tell whose the product is.
-        is_ours = is_product and OUR_PRODUCT in node.metadata_props.get(ORIGIN, "")
+        is_ours = is_product and OUR_PRODUCT in _origin(node)
         if (node.op_type in REPLACED and not _takes_the_nearest(node)) or is_ours:
             if any(not _same_origin(node, other) for other in _rewritten_with(y)):
                 _shield(y, graph)
@@ -245,7 +279,12 @@ def _takes_the_nearest(node: ir.Node) -> bool:
 
 
 def _same_origin(a: ir.Node, b: ir.Node) -> bool:
-    return a.metadata_props.get(ORIGIN) == b.metadata_props.get(ORIGIN)
+    return _origin(a) == _origin(b)
+
+
+def _origin(node: ir.Node) -> str:
+    """The call that a node was translated from."""
+    return node.metadata_props.get(ORIGIN, "")
 
 
 def _rewritten_with(value: ir.Value) -> Iterator[ir.Node]:
@@ -328,5 +367,5 @@ def _same_constant(a: ir.Value, b: ir.Value) -> bool:
     return bool(np.array_equal(x.numpy().reshape(-1), y.numpy().reshape(-1)))
 
 
-ONNX_RUNTIME_PASSES: tuple[Pass, ...] = (prepare_weights, keep_float)
+ONNX_RUNTIME_PASSES: tuple[Pass, ...] = (prepare_weights, separate_results, keep_float)
 """What ONNX Runtime needs in order to compute the bits that were trained, in its integer kernels."""

@@ -254,6 +254,22 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+NOTES = """## What to read out of it
+
+- **Differing codes** all lie behind float arithmetic, where ONNX Runtime's last bit of a normalisation, a softmax or a
+  bilinear resize is not PyTorch's: a value that falls on the edge between two codes takes the other one, and the layers
+  behind it see that. On the runtime's own inputs no code differs in any row, and the table's models of integers and
+  exact operations alone have none.
+- **What no output depends on**, such as UperNet's auxiliary head or the pooler of TextNet's encoder, is in no file: the
+  report of verification lists it, and the shares leave it out.
+- **WavLM** calls `torch.nn.functional.multi_head_attention_forward` with the weights of four `Linear` children that it
+  never calls. Those products stay float, with a row in the plan that names the function; a model that calls its
+  children has them in integers.
+- **Seconds** are nearly all of `torch.onnx.export`, which goes by the number of operations: the LSTM tagger is 48
+  unrolled steps, and each is about twenty of them.
+"""
+
+
 def page(rows: list[Row]) -> str:
     """docs/zoo.md."""
     import onnxruntime
@@ -284,11 +300,12 @@ runtime's own inputs ([how](concepts/verification.md)).
 The table has {len(rows)} of the {len(ZOO)}{missing}.
 
 {len(verified)} of these are verified; in {whole} at least 99 % of the multiplications of convolutions and linear layers
-are done on integers. One run with torch {torch.__version__} and ONNX Runtime
-{onnxruntime.__version__} on {platform.machine()}, one thread, while other work shared the machine:
+are done on integers. Measured with torch {torch.__version__} and ONNX Runtime {onnxruntime.__version__} on
+{platform.machine()}, one thread, while other work shared the machine:
 
 {markdown(rows)}
-"""
+
+{NOTES}"""
 
 
 def main() -> None:

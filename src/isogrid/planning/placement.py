@@ -6,7 +6,6 @@ A quantised layer absorbs the batch norm and the clamp that follow it, so that a
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from isogrid.layers.borrowed import TakenApart
 from isogrid.layers.weights import weight_key, weight_of
 from isogrid.planning.arguments import Arguments
 from isogrid.planning.chains import Chain, fused_additions, nonnegative
-from isogrid.planning.choice import NORM_WEIGHT, Choice
+from isogrid.planning.choice import NORM_WEIGHT, Choice, choose
 from isogrid.planning.float_inputs import input_owners, input_sites
 from isogrid.planning.fused import fuse, fused_with, has_one_scale
 from isogrid.planning.graph import COMPUTING_KINDS, JOINING_KINDS, LAYER_KINDS, Call, Graph
@@ -31,7 +30,6 @@ from isogrid.planning.routers import routers
 from isogrid.planning.rules import Rule, Scheme, unmatched_rule_error
 from isogrid.planning.stubs import outside_stubs
 from isogrid.planning.target import Target
-from isogrid.quantizers.estimators import estimator_from_name
 
 
 @dataclass
@@ -102,7 +100,8 @@ class Placement:
                     refused.setdefault(index, f"asks to quantise {name!r}, but {why}. Keep it float")
                     continue
             else:
-                self.choices[name] = self._choice(name, rule)
+                assigned = self._assigned.get(name, Assigned(self.scheme.weight))
+                self.choices[name] = choose(name, rule, self.scheme, assigned, self.strict)
             used.add(index)
 
     def _why_float(self, calls: Sequence[Call]) -> str | None:
@@ -137,38 +136,6 @@ class Placement:
                 owner = first.setdefault(weight_key(self.model.get_submodule(name)), name)
                 weights.append(Weight(name, calls[0].kind, tuple(self._weight(name).shape), owner))
         return assign(self.scheme.mixture, self.scheme.weight, weights)
-
-    def _of_scheme(self, name: str) -> tuple[str, str]:
-        """The format that the scheme stores a layer in, and why it is not the scheme's first."""
-        assigned = self._assigned.get(name, Assigned(self.scheme.weight))
-        if self.strict and assigned.instead_of:
-            raise FormatError(
-                f"{name!r}, strictly planned: {assigned.reason}. Plan without strict=True to have it so, or write a "
-                "rule that names a format which fits, or keeps the layer in float."
-            )
-        return assigned.weight, assigned.reason
-
-    def _choice(self, name: str, rule: Rule | None) -> Choice:
-        asked = None if rule is None else rule.weight
-        weight, why = self._of_scheme(name) if asked is None else (asked, "")
-        who = f"scheme {self.scheme.name}" if rule is None else f"rule {rule.match!r}"
-        estimator = (rule and rule.estimator) or self._by_scheme(rule, "estimator")
-        learns = estimator is None or "scale" in estimator_from_name(estimator).learns
-        has_scale = named_format(weight).scale is not None
-        usual = "learned" if learns and has_scale else "frozen"
-        scale = (rule and rule.scale) or self._by_scheme(rule, "scale") or usual
-        return Choice(
-            weight=weight,
-            activation=(rule and rule.activation) or self.scheme.activation,
-            scale=scale,
-            estimator=estimator or ("lsq" if scale == "learned" else "ste"),
-            range=(rule and rule.range) or self._by_scheme(rule, "range") or "mse",
-            reason=f"{who}: {why}" if why else who,
-        )
-
-    def _by_scheme(self, rule: Rule | None, name: str) -> Any:
-        """What the scheme says on how its own weight format is trained; nothing about another one of a rule."""
-        return None if rule is not None and rule.weight is not None else getattr(self.scheme, name)
 
     def _static_plan(self) -> Plan:
         self._choose_ends()

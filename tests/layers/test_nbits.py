@@ -103,3 +103,17 @@ def test_signed_codes_are_the_unsigned_ones_around_the_middle() -> None:
 def test_what_matmul_nbits_does_not_know(inputs: int, bits: int, block: int) -> None:
     with pytest.raises(TargetError, match=r"2, 4 or 8 bits in blocks of 16, 32, 64, 128 or 256"):
         nbits.pack_matmul_nbits(torch.zeros(4, inputs, dtype=torch.uint8), bits, block)
+
+
+def test_codes_of_the_input_are_those_of_the_runtime() -> None:
+    """An identity for a weight shows the input as the runtime reads it; all values lie next to ties."""
+    largest = torch.rand(512, 1) + 0.5
+    scale = largest / torch.full_like(largest, 127.0)
+    x = ((torch.arange(32) * 4 - 63.5) * scale).nextafter(torch.tensor(torch.inf))
+    x[:, 0] = largest[:, 0]
+    packed = nbits.pack_matmul_nbits(torch.eye(32, dtype=torch.int8), bits=8, block=32)
+    found = run(x, packed, torch.ones(32, 1), None, None, 8, 32, 4)
+    codes, _ = nbits.reciprocal_int8(x, 32)
+    assert torch.equal((found / scale).round(), codes)
+    twice = x * (1 / largest * 127)
+    assert not torch.equal(twice.round(), codes)  # a reciprocal that is rounded twice shows

@@ -34,8 +34,10 @@ def reciprocal_int8(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """
     blocks = _in_blocks(x.float(), block)
     largest = blocks.abs().amax(-1, keepdim=True)
-    codes = torch.round(blocks * torch.where(largest > 0, 127 / largest, 0))
-    return codes.flatten(-2), largest.squeeze(-1) / 127
+    # `127 / largest` is PyTorch's 127 * (1 / largest), which is rounded twice; a tensor is divided once.
+    end = torch.full_like(largest, 127.0)
+    codes = torch.round(blocks * torch.where(largest > 0, end / largest, 0.0))
+    return codes.flatten(-2), (largest / end).squeeze(-1)
 
 
 def quantizes_input(bits: int, block: int, accuracy_level: int) -> bool:

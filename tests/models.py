@@ -160,6 +160,46 @@ class Dynamic(nn.Module):
         return self.c(y)
 
 
+class Gated(nn.Module):
+    """A difference, and a product with a gate over space."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
+        self.gate = nn.Conv2d(4, 4, 1)
+        for layer in self.children():
+            nn.init.normal_(layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        y = F.relu(self.b(x)) - self.c(x)
+        return self.d(y * self.gate(x.mean((2, 3), keepdim=True)))
+
+
+class Curved(nn.Module):
+    """Averages over windows, both kinds of GELU and leaky ReLU between convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.avg_pool2d(F.gelu(self.a(x)), 2)
+        x = F.avg_pool2d(F.gelu(self.b(x), approximate="tanh"), 3, 1)
+        return F.leaky_relu(self.c(x), 0.1)
+
+
+class Forked(nn.Module):
+    """An input that is convolved, concatenated and convolved once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(2, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.cat([self.a(x), x], 1)) + self.c(x)
+
+
 def transformer() -> nn.Module:
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     return nn.Sequential(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(8, 2))
@@ -189,6 +229,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
     "tied": (Tied, lambda: (torch.randint(0, 12, (2, 5)),)),
     "two inputs": (Inputs2, lambda: (torch.randn(5, 4), torch.randn(5, 3))),
     "dense": (lambda: nn.Sequential(Dense(), nn.Conv2d(6, 2, 1)), lambda: (torch.randn(3, 2, 4, 4),)),
+    "gated": (Gated, lambda: (torch.randn(3, 4, 8, 8),)),
+    "curved": (Curved, lambda: (torch.randn(3, 4, 8, 8),)),
+    "forked": (Forked, lambda: (torch.randn(3, 2, 6, 6),)),
     "dynamic": (Dynamic, lambda: (torch.randn(6, 4).abs(),)),
     "transformer": (transformer, lambda: (torch.randn(2, 5, 8),)),
     "sequential": (sequential, lambda: (torch.randn(6, 2, 8),)),

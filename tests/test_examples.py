@@ -27,12 +27,11 @@ def made(folder: Path, split: str, count: int) -> None:
 def test_cifar10_gives_the_same_predictions_in_the_runtime(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made(tmp_path, "train", 60)
     made(tmp_path, "test", 50)
-    small = ["--images", "60", "--test-images", "50", "--steps", "4", "--width", "0.25"]
-    small += ["--schemes", "w4a8", "--targets", "onnxruntime"]
+    small = ["--images", "60", "--test-images", "50", "--steps", "4", "--width", "4"]
+    small += ["--schemes", "W4A8", "--targets", "onnxruntime"]
     main = runpy.run_path(str(EXAMPLE))["main"]
-    # Three blocks instead of seventeen.
-    main.__globals__["GROUPS"] = ((1, 16, 1, 1), (6, 24, 2, 2))
+    main.__globals__["BLOCKS"] = 1
     assert main(["--data", str(tmp_path), "--output", str(tmp_path / "out"), *small]) == 0
-    row = next(line for line in capsys.readouterr().out.splitlines() if "w4a8" in line)
-    assert [cell.strip() for cell in row.split("│")][5] == "0"
-    assert (tmp_path / "out" / "onnxruntime-w4a8.model").is_file()
+    row = next(line for line in capsys.readouterr().out.splitlines() if "W4A8" in line and "onnxruntime" in line)
+    assert [cell.strip() for cell in row.split("│")][4] == "0"
+    assert (tmp_path / "out" / "onnxruntime-W4A8.model").is_file()

@@ -10,6 +10,7 @@ from isogrid.errors import MissingExtraError, PlanError
 from isogrid.formats import Format, named_format
 from isogrid.layers.bitnet import BitLinear as BitLinear
 from isogrid.planning import Plan, Rule, Scheme, scheme_from_name
+from isogrid.planning import adopt as adopt
 from isogrid.planning import convert as convert
 from isogrid.planning import prepare as prepare
 from isogrid.planning.arguments import arguments_of

@@ -24,7 +24,7 @@ def exported(name, tmp_path, steps=2):
     return model, inputs, ig.export(model.eval(), tmp_path / "model.pte")
 
 
-@pytest.mark.parametrize("name", ["residual", "spellings", "geometries", "sequential", "shared", "two inputs"])
+@pytest.mark.parametrize("name", ["residual", "spellings", "geometries", "sequential", "shared", "two inputs", "gated"])
 def test_no_code_differs(name, tmp_path):
     model, inputs, artifact = exported(name, tmp_path)
     shorter, longer = (tuple(x[:1] * 3 for x in inputs), tuple(x.repeat_interleave(3, 0) for x in inputs))

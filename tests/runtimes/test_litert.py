@@ -17,7 +17,7 @@ def exported(name, tmp_path, steps=2):
     return model, inputs, ig.export(model.eval(), tmp_path / "model.tflite")
 
 
-@pytest.mark.parametrize("name", ["residual", "geometries", "shared", "two inputs"])
+@pytest.mark.parametrize("name", ["residual", "geometries", "shared", "two inputs", "forked", "gated", "curved"])
 def test_no_code_differs(name, tmp_path):
     model, inputs, artifact = exported(name, tmp_path)
     shorter, longer = (tuple(x[:1] * 3 for x in inputs), tuple(x.repeat_interleave(3, 0) for x in inputs))

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from isogrid.layers import arithmetic, onnxruntime_kernels, torch_kernels, xnnpack_kernels
+from isogrid.layers import arithmetic, litert_kernels, onnxruntime_kernels, torch_kernels, xnnpack_kernels
 from isogrid.layers.activations import lookup_table
 
 Kernel = Callable[..., Tensor]
@@ -64,6 +64,14 @@ _ONNX_RUNTIME = Kernels(
     packs_nbits=True,
 )
 
+_XNNPACK = Kernels(
+    quantize=xnnpack_kernels.quantize,
+    add=xnnpack_kernels.add,
+    multiply=xnnpack_kernels.multiply,
+    average_pool=xnnpack_kernels.average_pool,
+    global_average_pool=xnnpack_kernels.global_average_pool,
+)
+
 KERNELS: dict[str, Kernels] = {
     "onnxruntime": _ONNX_RUNTIME,
     # OpenVINO multiplies by reciprocals, adds zero points before it rounds, and the bias after it scales.
@@ -72,13 +80,8 @@ KERNELS: dict[str, Kernels] = {
     "tensorrt": replace(_ONNX_RUNTIME, add=float_add, code_bound=1e-3),
     # QONNX adds up dequantised values in float32.
     "qonnx": replace(_ONNX_RUNTIME, code_bound=1e-3),
-    "xnnpack": Kernels(
-        quantize=xnnpack_kernels.quantize,
-        add=xnnpack_kernels.add,
-        multiply=xnnpack_kernels.multiply,
-        average_pool=xnnpack_kernels.average_pool,
-        global_average_pool=xnnpack_kernels.global_average_pool,
-    ),
+    "xnnpack": _XNNPACK,
+    "litert": replace(_XNNPACK, average_pool=litert_kernels.average_pool, table=litert_kernels.table),
     "torch": Kernels(
         quantize=xnnpack_kernels.quantize,
         add=torch_kernels.add,

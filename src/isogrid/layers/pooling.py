@@ -1,7 +1,7 @@
 """Average pooling in one form, whichever torch function was called."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -23,6 +23,7 @@ class Pooling:
         kernel, stride, padding: one number a spatial dimension.
         ceil_mode, count_include_pad: as in torch.nn.functional.avg_pool2d.
         keeps_space: False where the pooled dimensions, all of size 1, are dropped, as `mean` does.
+        is_global: whether there is one window, as large as space.
     """
 
     kernel: tuple[int, ...]
@@ -31,6 +32,7 @@ class Pooling:
     ceil_mode: bool = False
     count_include_pad: bool = True
     keeps_space: bool = True
+    is_global: bool = False
 
     def codes(self, average_pool: Kernel, x: Tensor, *grids: Any) -> Tensor:
         """The pooled codes by a runtime's kernel; see `isogrid.layers.kernels` for the other arguments."""
@@ -58,10 +60,15 @@ def pooling_of(function: Callable[..., Any], x: Tensor, *args: Any, **kwargs: An
     Raises:
         PlanError: windows that no runtime has.
 
-    >>> pooling_of(F.adaptive_avg_pool2d, torch.zeros(1, 3, 8, 8), 2)
-    Pooling(kernel=(4, 4), stride=(4, 4), padding=(0, 0), ceil_mode=False, count_include_pad=True, keeps_space=True)
+    >>> pooling_of(F.adaptive_avg_pool2d, torch.zeros(1, 3, 8, 8), 2).kernel
+    (4, 4)
     """
     space = tuple(x.shape[2:])
+    found = _pooling_of(function, space, *args, **kwargs)
+    return replace(found, is_global=found.kernel == space and not any(found.padding))
+
+
+def _pooling_of(function: Callable[..., Any], space: tuple[int, ...], *args: Any, **kwargs: Any) -> Pooling:
     rank = len(space)
     if function in (torch.mean, Tensor.mean):
         keeps_space = bool(kwargs.get("keepdim", args[1] if len(args) > 1 else False))

@@ -17,6 +17,9 @@ MULTIPLIER_BITS = 20
 RATIOS = (2.0**-10, 2.0**8)
 """XNNPACK adds codes whose step is at least the first and less than the second of these times the output's."""
 
+PRODUCT_RATIOS = (2.0**-16, 2.0**8)
+"""It multiplies codes where the product of their steps is at least the first and less than the second of these."""
+
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
     """Codes of a float tensor: `clamp(rint(f32(x * f32(1 / scale))) + zero_point, low, high)`.

@@ -1,5 +1,6 @@
 """From a model to a plan and from a plan to a prepared and a converted model."""
 
+from isogrid.planning.adopt import adopt
 from isogrid.planning.capture import capture
 from isogrid.planning.convert import convert
 from isogrid.planning.plan import LayerPlan, OperationPlan, Plan, Site
@@ -14,6 +15,7 @@ __all__ = [
     "Rule",
     "Scheme",
     "Site",
+    "adopt",
     "capture",
     "convert",
     "prepare",

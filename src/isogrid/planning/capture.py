@@ -19,6 +19,7 @@ from isogrid.layers.clamp import CLAMPS, Clamp, clamp_of
 from isogrid.layers.decompositions import DECOMPOSITIONS
 from isogrid.layers.intercept import probe
 from isogrid.layers.lent import FUNCTIONS, Lent, borrower, product_of
+from isogrid.layers.pooling import Pooling, pooling_of
 from isogrid.layers.scope import (
     KINDS,
     OPERATION_KINDS,
@@ -89,12 +90,16 @@ def capture(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any])
 
 
 class _What(NamedTuple):
-    """What a call is: kind, name within its scope (None for a module), why it stays float, what it clamps to."""
+    """What a call is.
+
+    Kind, name within its scope (None for a module), why it stays float, what it clamps to, which windows it averages.
+    """
 
     kind: str
     name: str | None
     reason: str = ""
     clamp: Clamp | None = None
+    pooling: Pooling | None = None
 
 
 class _Entry(NamedTuple):
@@ -256,7 +261,11 @@ class _Recorder(TorchFunctionMode):
             return _What("clamp", name, clamp=clamp) if clamp else _What("float", name, reason or "bounds are tensors")
         if not reason and is_container(scope.module):
             reason = f"in the forward of a {type(scope.module).__name__}, whose children are its layers"
-        return _What("float" if reason else KINDS.get(kind, kind), name, reason)
+        kind = "float" if reason else KINDS.get(kind, kind)
+        if kind != "average_pool":
+            return _What(kind, name, reason)
+        positional, named = tensors_first(kind, args, kwargs)
+        return _What(kind, name, reason, pooling=pooling_of(func, *positional, **named))
 
     def _scope(self) -> _Entry:
         """The innermost module that is more than a wrapper around one function, such as nn.ReLU."""
@@ -320,7 +329,8 @@ class _Recorder(TorchFunctionMode):
         name = path if what.name is None else f"{path}.{what.name}".lstrip(".")
         numbers = tuple(self.new_value(tensor) for tensor in outputs)
         shape = tuple(outputs[0].shape) if outputs else ()
-        self._calls.append(Call(name, what.kind, type_, path, inputs, numbers, shape, what.reason, what.clamp))
+        call = Call(name, what.kind, type_, path, inputs, numbers, shape, what.reason, what.clamp, what.pooling)
+        self._calls.append(call)
 
 
 def _name(func: Any) -> str:

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from isogrid.layers.clamp import Clamp
 from isogrid.layers.lent import Lent
+from isogrid.layers.pooling import Pooling
 
 LAYER_KINDS = frozenset({"linear", "experts", "convolution", "embedding"})
 """Calls of modules that have a weight to quantise."""
@@ -34,6 +35,7 @@ class Call:
         shape: of the first output.
         reason: why the kind is float, where there is more to say than that the type is unknown.
         clamp: what a clamp limits values to.
+        pooling: the windows of an average_pool.
     """
 
     name: str
@@ -45,11 +47,22 @@ class Call:
     shape: tuple[int, ...] = ()
     reason: str = ""
     clamp: Clamp | None = None
+    pooling: Pooling | None = None
 
     @property
     def is_plain_sum(self) -> bool:
         """Whether the call is a sum of two tensors, and neither a difference nor a sum with a number."""
         return self.kind == "add" and len(self.inputs) == 2 and "sub" not in self.type
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether the call is a sum or difference of two tensors."""
+        return self.kind == "add" and len(self.inputs) == 2
+
+    @property
+    def pools_windows(self) -> bool:
+        """Whether the call averages over windows, and not over all of space."""
+        return self.kind == "average_pool" and self.pooling is not None and not self.pooling.is_global
 
     @property
     def output(self) -> int:

@@ -30,13 +30,14 @@ class Grids:
     """Grids belong to values: whatever reads a value finds the grid that its producer gave it.
 
     Values that a runtime joins without arithmetic, the parts of a concatenation, share one grid, and so do the values
-    at the same place of calls of the same name.
+    at the same place of calls of the same name. A scheme may ask for more.
 
     Args:
         neighbours: the computing calls and concatenations that are quantised.
+        sums, pools_keep_grid: as in `Scheme`.
     """
 
-    def __init__(self, neighbours: Neighbours):
+    def __init__(self, neighbours: Neighbours, sums: str | None = None, pools_keep_grid: bool = False):
         graph = self.graph = neighbours.graph
         self.chains, self.joins = neighbours.chains, neighbours.joins
         self._neighbours = neighbours
@@ -45,6 +46,11 @@ class Grids:
             if call.name in self.joins:
                 for value in call.inputs:
                     self._merge(self._origin(value), call.output)
+        for joining in self.chains.values():
+            if joining.call.is_sum and sums is not None:
+                self._merge_sum(joining, with_result=sums == "all")
+            elif joining.call.pools_windows and pools_keep_grid:
+                self._merge(self._origin(joining.call.inputs[0]), joining.value)
         for name in (*self.chains, *self.joins):
             first, *others = graph.calls_of(name)
             for other in others:
@@ -108,6 +114,13 @@ class Grids:
                 if self._neighbours.is_produced(value):
                     outputs.append((call, "output", value, self._root(value)))
         return outputs + inputs
+
+    def _merge_sum(self, chain: Chain, with_result: bool) -> None:
+        """One grid for both operands, unless one stays float, and for the sum."""
+        operands = [value for value in chain.call.inputs if value not in self._neighbours.floats]
+        values = [self._origin(value) for value in operands] + ([chain.value] if with_result else [])
+        for value in values[1:]:
+            self._merge(values[0], value)
 
     def _shape(self, value: int) -> tuple[int, ...]:
         producer = self.graph.producer.get(value)

@@ -141,7 +141,7 @@ class Placement:
         self._choose_ends()
         neighbours = neighbours_at_work(self.graph, self.choices, self.target.float_endings)
         fused = fused_additions(self.graph, neighbours.chains) if self.target.fuses_additions else {}
-        grids = Grids(neighbours.with_floats(fused.values()))
+        grids = Grids(neighbours.with_floats(fused.values()), self.scheme.sums, self.scheme.pools_keep_grid)
         layers: list[LayerPlan] = []
         operations: list[OperationPlan] = []
         for name in self.choices:
@@ -240,7 +240,7 @@ class Placement:
         if calls[0].kind == "linear" and min(shape) < least:
             return f"{shape[1]} inputs and {shape[0]} outputs: fewer than {least} are faster in half precision"
         if self.scheme.keeps_heads and self._leaves_model(calls):
-            return "its output leaves the model, and heads stay in half precision"
+            return f"its output leaves the model, and scheme {self.scheme.name} keeps heads float"
         return ""
 
     def _leaves_model(self, calls: Sequence[Call]) -> bool:

@@ -100,6 +100,9 @@ class Scheme:
             being an error.
         scale, estimator, range: of weights, as in a Rule, where they are not the usual ones.
         only: the class of layers that it is made for; others are quantised by rules alone.
+        sums: which values of a sum of two tensors share one grid: "inputs" the two of them, "all" their sum too, which
+            then needs no rounding; None leaves each its own.
+        pools_keep_grid: averages over windows smaller than space lie on the grid of what they average.
     """
 
     name: str
@@ -119,6 +122,8 @@ class Scheme:
     estimator: str | None = None
     range: str | None = None
     only: str | None = None
+    sums: Literal["inputs", "all"] | None = None
+    pools_keep_grid: bool = False
 
 
 _SEVEN_BITS = "8-bit weights, activations of 7 bits (0..127), whose products no x86 CPU lets overflow"
@@ -205,6 +210,16 @@ SCHEMES: dict[str, Scheme] = {
             nonnegative="uint4/tensor:symmetric,scale=e8m0",
             first_and_last="int8/channel:scale=e8m0",
             inputs="int8/tensor:scale=e8m0",
+            sums="inputs",
+        ),
+        Scheme(
+            "portable",
+            "int7/channel:scale=e8m0",
+            "uint8/tensor:even,scale=e8m0",
+            "static",
+            "one model for all runtimes: power-of-two scales, sums on one grid, heads in float",
+            keeps_heads=True,
+            sums="all",
         ),
         *(
             Scheme(name, weight, activation, arithmetic, what, target="vllm", keeps_heads=True)

@@ -21,6 +21,18 @@ aten: Any = torch.ops.aten
 decomposed: Any = torch.ops.quantized_decomposed
 QUANTIZE = decomposed.quantize_per_tensor.default
 
+INVERT = aten.bitwise_not.default
+
+ACTIVATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gelu": (aten.gelu.default, {}),
+    "gelu_tanh": (aten.gelu.default, {"approximate": "tanh"}),
+    "leaky_relu": (aten.leaky_relu.default, {}),
+}
+"""Functions that a runtime has between codes."""
+
+SLOPES = (2.0**-8, 2.0**7)
+"""XNNPACK's leaky ReLU has slopes between these, in output steps per input step."""
+
 MOVING = frozenset(
     {
         aten.cat.default,
@@ -347,12 +359,37 @@ def _convolution(writer: _Writer, *args: Any) -> fx.Node:
 
 def _of_two(function: Any) -> Callable[..., fx.Node]:
     def write(writer: _Writer, *args: Any) -> fx.Node:
-        a, a_scale, a_zero_point, b, b_scale, b_zero_point, y_scale, y_zero_point, low, high, _ = args
-        first = writer.values(a, writer.grid(a_scale, a_zero_point))
-        second = writer.values(b, writer.grid(b_scale, b_zero_point))
-        return writer.finish(writer.call(function, first, second), y_scale, y_zero_point, low, high, fuses=False)
+        *operands, y_scale, y_zero_point, low, high, _ = args
+        a, b = operands[:3], operands[3:]
+        operator = function
+        # A difference comes as a sum with inverted codes: `~code - ~zero_point == zero_point - code`.
+        if INVERT in (a[0].target, b[0].target):
+            if a[0].target is INVERT:
+                a, b = b, a
+            b, operator = [b[0].args[0], b[1], b[2].args[0]], aten.sub.Tensor
+        if any(scale.op != "get_attr" for scale in (a[1], b[1])):
+            raise TargetError("A sum with a number or with alpha has no integer kernel. Keep it in float by a rule.")
+        first, second = (writer.values(codes, writer.grid(*own)) for codes, *own in (a, b))
+        return writer.finish(writer.call(operator, first, second), y_scale, y_zero_point, low, high, fuses=False)
 
     return write
+
+
+def _activation(writer: _Writer, *args: Any) -> fx.Node:
+    x, x_scale, x_zero_point, slopes, y_scale, y_zero_point, name, parameters, low, high, _ = args
+    if name not in ACTIVATIONS or slopes is not None:
+        raise TargetError(f"{name} has no form in quantized_decomposed operators. Keep it float.")
+    values = writer.values(x, writer.grid(x_scale, x_zero_point))
+    rise = float(writer.constant(x_scale) / writer.constant(y_scale))
+    if name == "leaky_relu" and not all(SLOPES[0] <= abs(slope) <= SLOPES[1] for slope in (rise, rise * parameters[0])):
+        raise TargetError(
+            f"A leaky ReLU from steps of {float(writer.constant(x_scale)):.3g} to steps of "
+            f"{float(writer.constant(y_scale)):.3g} is too flat or too steep for XNNPACK's 8 bits after the point. "
+            "Keep it in float by a rule."
+        )
+    function, settings = ACTIVATIONS[name]
+    y = writer.graph.call_function(function, (values, *parameters), settings)
+    return writer.finish(y, y_scale, y_zero_point, low, high, fuses=False)
 
 
 def _global_average_pool(writer: _Writer, *args: Any) -> fx.Node:
@@ -385,6 +422,7 @@ WRITERS: dict[Any, Callable[..., fx.Node]] = {
     isogrid.static_convolution.default: _convolution,
     isogrid.static_add.default: _of_two(aten.add.Tensor),
     isogrid.static_multiply.default: _of_two(aten.mul.Tensor),
+    isogrid.static_activation.default: _activation,
     isogrid.static_global_average_pool.default: _global_average_pool,
     isogrid.static_average_pool.default: _average_pool,
     isogrid.static_concatenate.default: _concatenate,

@@ -12,7 +12,7 @@ from isogrid.planning.rules import Scheme
 from isogrid.targets.artifact import Artifact, read_artifact
 from isogrid.targets.lowering import lower
 from isogrid.targets.worker_model import Vocabulary, WorkerModel
-from isogrid.targets.xnnpack import check_static_format, check_sums, static_scheme, why_not_static
+from isogrid.targets.xnnpack import check_static_format, check_steps, static_scheme, why_not_static
 
 WHAT = "ExecuTorch's XNNPACK"
 
@@ -75,7 +75,7 @@ class ExecuTorch:
             TargetError: the model cannot be traced, or ExecuTorch cannot lower it.
             MissingExtraError: ExecuTorch is not installed.
         """
-        check_sums(integer_model, WHAT)
+        check_steps(integer_model, WHAT)
         return lower(integer_model, plan, Path(path), self.name, stored_as="codes")
 
     def load(self, path: str | Path | Artifact, threads: int = 0) -> WorkerModel:

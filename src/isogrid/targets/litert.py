@@ -1,6 +1,7 @@
 """LiteRT, once TensorFlow Lite: a .tflite file that runs in integers through XNNPACK, with int8 inputs and outputs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,9 +17,12 @@ from isogrid.planning.rules import Scheme
 from isogrid.targets.artifact import Artifact, read_artifact
 from isogrid.targets.lowering import lower
 from isogrid.targets.worker_model import Vocabulary, WorkerModel
-from isogrid.targets.xnnpack import check_static_format, check_sums, static_scheme, why_not_static
+from isogrid.targets.xnnpack import check_static_format, check_steps, static_scheme, why_not_static
 
 WHAT = "LiteRT's XNNPACK"
+
+ACTIVATIONS = frozenset({"gelu", "leaky_relu"})
+"""Functions with an integer kernel for any grids; sigmoid and tanh have one for a single output grid."""
 
 WORDS = Vocabulary(
     runtime="litert",
@@ -36,17 +40,22 @@ class LiteRT:
     """
 
     name = "litert"
-    kernels = "xnnpack"
+    kernels = "litert"
     float_endings: frozenset[str] = frozenset()
     fused_layers: tuple[tuple[str, ...], ...] = ()
     fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:
-        """The scheme with activations as LiteRT stores them: int8 with a zero point."""
-        return static_scheme(scheme)
+        """The scheme with activations as LiteRT stores them: int8 with a zero point, kept by averages over windows."""
+        return replace(static_scheme(scheme), pools_keep_grid=True)
 
     def supports(self, call: Call, scheme: Scheme) -> str | None:
         """None where LiteRT runs the call quantised in this scheme; else why not."""
+        if scheme.arithmetic == "static" and call.kind == "activation" and call.type.rstrip("_") in ACTIVATIONS:
+            return None
+        if scheme.arithmetic == "static" and call.pooling is not None and call.pools_windows:
+            pads = any(call.pooling.padding) or call.pooling.ceil_mode
+            return f"{WHAT} averages codes over windows inside two dimensions" if pads or len(call.shape) != 4 else None
         if scheme.arithmetic == "static":
             return why_not_static(call, WHAT)
         return f"Isogrid writes static integers only for LiteRT, not {scheme.arithmetic} schemes"
@@ -75,7 +84,7 @@ class LiteRT:
             TargetError: the model cannot be traced, or the converter cannot write it.
             MissingExtraError: LiteRT is not installed.
         """
-        check_sums(integer_model, WHAT)
+        check_steps(integer_model, WHAT)
         return lower(integer_model, plan, Path(path), self.name, stored_as="values")
 
     def load(self, path: str | Path | Artifact, threads: int = 0) -> "LiteRTModel":

@@ -6,7 +6,16 @@ import torch
 from torch import nn
 
 from isogrid.errors import ArtifactError, TargetError
-from isogrid.formats import Format, IntegerGrid, NativeGrid, PerChannel, PerGroup, PerTensor, named_format
+from isogrid.formats import (
+    ExponentGrid,
+    Format,
+    IntegerGrid,
+    NativeGrid,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    named_format,
+)
 from isogrid.layers.dynamic import MatMulNBits
 from isogrid.layers.nbits import BITS, BLOCKS, quantizes_input
 from isogrid.planning.graph import Call
@@ -155,7 +164,7 @@ def session_options(plan: Plan) -> dict[str, str]:
 
 
 def _plain_scale(fmt: Format) -> bool:
-    return fmt.scale is not None and fmt.scale.grid == NativeGrid(torch.float32)
+    return fmt.scale is not None and fmt.scale.grid in (NativeGrid(torch.float32), ExponentGrid())
 
 
 def _grid_name(fmt: Format) -> str:

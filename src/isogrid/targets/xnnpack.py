@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from isogrid.errors import TargetError
-from isogrid.formats import Format, IntegerGrid, NativeGrid, PerChannel, PerTensor, named_format
-from isogrid.layers.elementwise import IntegerAdd
-from isogrid.layers.xnnpack_kernels import RATIOS
+from isogrid.formats import ExponentGrid, Format, IntegerGrid, NativeGrid, PerChannel, PerTensor, named_format
+from isogrid.layers.elementwise import IntegerAdd, IntegerMultiply
+from isogrid.layers.xnnpack_kernels import PRODUCT_RATIOS, RATIOS
 from isogrid.planning.graph import Call
 from isogrid.planning.rules import Scheme
 
@@ -16,8 +16,16 @@ ACTIVATION = "int8/tensor:asymmetric"
 
 
 def static_scheme(scheme: Scheme) -> Scheme:
-    """A static scheme with activations as XNNPACK stores them: int8 with a zero point, where it has 8 bits."""
-    return replace(scheme, activation=ACTIVATION) if scheme.activation == "uint8/tensor" else scheme
+    """A static scheme with activations as XNNPACK stores them: int8 with a zero point, where it has 8 bits.
+
+    >>> from isogrid.planning.rules import scheme_from_name
+    >>> static_scheme(scheme_from_name("portable")).activation
+    'int8/tensor:asymmetric,even,scale=e8m0'
+    """
+    grid, _, options = (scheme.activation or "").partition(":")
+    if grid != "uint8/tensor":
+        return scheme
+    return replace(scheme, activation=f"{ACTIVATION},{options}" if options else ACTIVATION)
 
 
 def why_not_static(call: Call, what: str) -> str | None:
@@ -29,22 +37,24 @@ def why_not_static(call: Call, what: str) -> str | None:
     """
     if call.kind == "convolution" and len(call.shape) == 5:
         return f"{what} has no integer kernel for convolutions over three dimensions"
-    if call.kind == "add" and not call.is_plain_sum:
-        return f"{what} adds two tensors; differences and sums with numbers stay float"
-    if call.kind == "add" and not call.is_plain_sum:
-        return f"differences, and sums with numbers or parameters, stay float in {what}"
-    if call.kind in ("linear", "convolution", "add", "concat"):
+    if call.kind in ("add", "multiply") and len(call.inputs) < 2:
+        return f"sums and products with numbers stay float in {what}"
+    if call.kind == "multiply" and "div" in call.type:
+        return f"{what} divides in float"
+    if call.kind in ("linear", "convolution", "add", "multiply", "concat"):
         return None
     if call.kind == "average_pool":
-        # What is left of space says whether all of it was averaged: [batch, channels], or ones behind them.
-        is_global = len(call.shape) == 2 or (len(call.shape) == 4 and tuple(call.shape[2:]) == (1, 1))
+        space = call.shape[2:]
+        is_global = not call.pools_windows and (not space or len(space) == 2)
         return None if is_global else f"{what} averages codes over all of two dimensions only"
+    if call.kind == "matmul":
+        return f"{what} multiplies two activations in float, or with int8 rows that it quantises anew"
     return f"{call.type} has no integer kernel in {what}"
 
 
 def check_static_format(kind: str, fmt: Format, call: Call, what: str) -> None:
     """Raise TargetError, with what to use instead, where XNNPACK's integer kernels do not take a format."""
-    float32_scale = fmt.scale is not None and fmt.scale.grid == NativeGrid(torch.float32)
+    float32_scale = fmt.scale is not None and fmt.scale.grid in (NativeGrid(torch.float32), ExponentGrid())
     if kind == "activation":
         known = named_format(ACTIVATION)
         if fmt.grid != known.grid or not isinstance(fmt.granularity, PerTensor) or not float32_scale:
@@ -62,15 +72,24 @@ def check_static_format(kind: str, fmt: Format, call: Call, what: str) -> None:
         )
 
 
-def check_sums(integer_model: nn.Module, what: str) -> None:
-    """Raise TargetError where an addition has steps too far apart for XNNPACK's fixed point."""
+def check_steps(integer_model: nn.Module, what: str) -> None:
+    """Raise TargetError where a sum or product has steps too far apart for XNNPACK's arithmetic."""
     for path, module in integer_model.named_modules():
+        site = path.replace("operations.sites.", "")
         if isinstance(module, IntegerAdd):
             for name in module.names:
                 ratio = float(module.grid(name)[0] / module.grid("output")[0])
                 if not RATIOS[0] <= ratio < RATIOS[1]:
-                    site = path.replace("operations.sites.", "")
                     raise TargetError(
                         f"{site!r}: {what} adds codes whose step is {RATIOS[0]:.2g} to {RATIOS[1]:.0f} times the "
                         f"output's, and that of its {name} is {ratio:.3g} times. Keep it in float by a rule."
                     )
+        elif isinstance(module, IntegerMultiply):
+            a, b = (module.grid(name)[0] for name in module.names)
+            ratio = float(a * b / module.grid("output")[0])
+            if not PRODUCT_RATIOS[0] <= ratio < PRODUCT_RATIOS[1]:
+                raise TargetError(
+                    f"{site!r}: {what} multiplies codes where the product of their steps is {PRODUCT_RATIOS[0]:.2g} to "
+                    f"{PRODUCT_RATIOS[1]:.0f} times the output's, and here it is {ratio:.3g} times. "
+                    "Keep it in float by a rule."
+                )

@@ -75,3 +75,19 @@ def test_every_pair_of_codes_is_added_alike_and_means_round_alike(tmp_path):
     assert answer.value == len(expected)
     for number, values in enumerate(expected):
         assert torch.equal(answer.tensors[str(number)], values), number
+
+
+@pytest.mark.parametrize("scheme", ["8da8w", "8da4w"])
+def test_rows_that_it_quantises_itself(scheme, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32, bias=False))
+    inputs = (torch.randn(6, 5, 64),)
+    ig.prepare(model, ig.plan(model, scheme=scheme, example_inputs=inputs))
+    train(model, inputs, 2, lr=0.001)
+    artifact = ig.export(model.eval(), tmp_path / "model.pte")
+    report = ig.verify(model, artifact, [inputs, (torch.randn(6, 5, 64) * 5 + 2,)])
+    assert report, str(report)
+    products = [check for check in report.replays if check.name in ("0.output", "2.output")]
+    assert len(products) == 2 and max(check.max_difference for check in products) <= 1e-6
+    assert {check.arithmetic for check in report.graph} == {"integer"}
+    assert report.parameters and all(check.differing == 0 for check in report.parameters)

@@ -186,6 +186,18 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("w2a16", "int2/group32", None, "weight_only", "2-bit weights, float arithmetic"),
         Scheme("w8a8-dynamic", "int8/group32", None, "dynamic", "8-bit weights, activations quantised as they come"),
         Scheme("w4a8-dynamic", "int4/group32", None, "dynamic", "4-bit weights, activations quantised as they come"),
+        # As torchao and ExecuTorch call them.
+        Scheme(
+            "8da8w", "int8/channel", None, "dynamic", "8-bit weights, int8 rows as they come", target="executorch"
+        ),
+        Scheme(
+            "8da4w",
+            "int4/group32:scale=bfloat16",
+            None,
+            "dynamic",
+            "4-bit weights on bfloat16 scales, int8 rows as they come",
+            target="executorch",
+        ),
         # As the backends of torch.ao.quantization are called, with the formats of their default configurations.
         Scheme("x86", "int8/channel", "uint7/tensor", "static", _SEVEN_BITS),
         Scheme("fbgemm", "int8/channel", "uint7/tensor", "static", f"{_SEVEN_BITS}; the same as x86"),

@@ -15,12 +15,14 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from isogrid.errors import TargetError
+from isogrid.targets.dynamic_decomposed import dynamic_layers
 
 isogrid: Any = torch.ops.isogrid
 aten: Any = torch.ops.aten
 decomposed: Any = torch.ops.quantized_decomposed
 QUANTIZE = decomposed.quantize_per_tensor.default
 
+PER_TOKEN = decomposed.dequantize_per_token.default
 INVERT = aten.bitwise_not.default
 
 ACTIVATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -80,6 +82,7 @@ class Decomposed(NamedTuple):
         layers: names of the linear layers and convolutions, in order.
         grids: of each of the further outputs.
         quantizations: for each quantised tensor by its name, which of the program's quantisations makes it, in order.
+        packed: for each linear layer with float input and output, which of the further outputs these two are.
     """
 
     program: torch.export.ExportedProgram
@@ -88,6 +91,7 @@ class Decomposed(NamedTuple):
     layers: list[str]
     grids: list[Grid]
     quantizations: dict[str, int]
+    packed: dict[str, tuple[int, int]]
 
 
 def decompose(
@@ -106,7 +110,8 @@ def decompose(
         TargetError: torch.export cannot trace the model, or one of its operators has no such form.
     """
     # In the functional form there is no writing in place and no dropout.
-    functional = _exported(integer_model, example_inputs, dynamic_shapes).run_decompositions({})
+    with dynamic_layers(integer_model):
+        functional = _exported(integer_model, example_inputs, dynamic_shapes).run_decompositions({})
     module = functional.module(check_guards=False)
     writer = _Writer(module, stored_as)
     writer.run()
@@ -116,7 +121,8 @@ def decompose(
     made = list(dict.fromkeys(writer.codes.values()))
     with module.graph.inserting_before(outputs):
         seen = [writer.values(node, writer.grid_of(node)) for node in made] if stored_as == "values" else made
-    outputs.args = ((*flat, *seen),)
+    ends = list(dict.fromkeys(node for pair in writer.packed.values() for node in pair))
+    outputs.args = ((*flat, *seen, *ends),)
     module.graph.set_codegen(fx.graph.CodeGen())
     module.recompile()
     leaves = tuple(pytree.tree_leaves(example_inputs))
@@ -132,6 +138,7 @@ def decompose(
         writer.layers,
         [writer.grid_of(node) for node in made],
         {name: order[node] for name, node in writer.codes.items()},
+        {name: (len(seen) + ends.index(x), len(seen) + ends.index(y)) for name, (x, y) in writer.packed.items()},
     )
 
 
@@ -152,12 +159,14 @@ class _Writer:
     Attributes:
         codes: the node of each quantised tensor, by name.
         layers: names of what multiplies, in order.
+        packed: input and output of each linear layer that quantises its input itself, by its name.
     """
 
     def __init__(self, module: fx.GraphModule, stored_as: str):
         self.module, self.graph, self.stored_as = module, module.graph, stored_as
         self.codes: dict[str, fx.Node] = {}
         self.layers: list[str] = []
+        self.packed: dict[str, tuple[fx.Node, fx.Node]] = {}
         self._grids: dict[fx.Node, Grid] = {}
         self._made: dict[tuple[fx.Node, Grid], fx.Node] = {}
         self._names: dict[str, int] = {}
@@ -179,6 +188,10 @@ class _Writer:
                 self.graph.erase_node(node)
             elif node.op == "call_function" and node.target in MOVING:
                 self._keep_on_grid(node)
+            elif node.target is aten.linear.default and node.args[0].target is PER_TOKEN:
+                name = self.name(str(node.args[1].args[0].target).removesuffix(".weight"))
+                self.layers.append(name)
+                self.packed[name] = node.args[0].args[0].args[0], node
         self._one_reader_each()
         self.graph.eliminate_dead_code()
         self.codes = {name: node for name, node in self.codes.items() if node.graph is self.graph and node.users}

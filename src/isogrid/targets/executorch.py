@@ -1,5 +1,6 @@
 """ExecuTorch with XNNPACK: a .pte file that runs in integers on the CPUs of phones and desktops."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -12,9 +13,18 @@ from isogrid.planning.rules import Scheme
 from isogrid.targets.artifact import Artifact, read_artifact
 from isogrid.targets.lowering import lower
 from isogrid.targets.worker_model import Vocabulary, WorkerModel
-from isogrid.targets.xnnpack import check_static_format, check_steps, static_scheme, why_not_static
+from isogrid.targets.xnnpack import (
+    check_dynamic_format,
+    check_static_format,
+    check_steps,
+    static_scheme,
+    why_not_static,
+)
 
 WHAT = "ExecuTorch's XNNPACK"
+
+DYNAMIC_WEIGHTS = {"int8/group32": "int8/channel", "int4/group32": "int4/group32:scale=bfloat16"}
+"""What the weights of schemes that name no runtime become."""
 
 WORDS = Vocabulary(
     runtime="executorch",
@@ -42,22 +52,29 @@ class ExecuTorch:
     fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:
-        """The scheme with activations as XNNPACK stores them: int8 with a zero point."""
+        """The scheme as XNNPACK stores it: activations in int8 with a zero point, scales of groups in bfloat16."""
+        if scheme.arithmetic == "dynamic":
+            return replace(scheme, weight=DYNAMIC_WEIGHTS.get(scheme.weight, scheme.weight))
         return static_scheme(scheme)
 
     def supports(self, call: Call, scheme: Scheme) -> str | None:
         """None where XNNPACK runs the call quantised in this scheme; else why not."""
         if scheme.arithmetic == "static":
             return why_not_static(call, WHAT)
-        return f"{WHAT} has no {scheme.arithmetic} kernels that are known here"
+        if scheme.arithmetic == "weight_only":
+            return f"{WHAT} quantises the input of every linear layer with such weights; use a dynamic scheme, 8da4w"
+        return None if call.kind == "linear" else f"{WHAT} quantises the input of linear layers, not of {call.type}"
 
     def activation_rule(self, weight: Format, scheme: Scheme) -> str | None:
-        """None: no dynamic scheme is run."""
-        return None
+        """Rows of int8 with a zero point each."""
+        return "qd8" if scheme.arithmetic == "dynamic" else None
 
     def check_format(self, kind: str, fmt: Format, call: Call, scheme: Scheme) -> None:
         """Raise TargetError, with what to use instead, where a format cannot run."""
-        check_static_format(kind, fmt, call, WHAT)
+        if scheme.arithmetic == "dynamic":
+            check_dynamic_format(fmt, call, WHAT)
+        else:
+            check_static_format(kind, fmt, call, WHAT)
 
     def export(self, integer_model: nn.Module, plan: Plan, path: str | Path) -> Artifact:
         """Write a .pte file with its sidecar.

@@ -32,6 +32,7 @@ def lower(integer_model: nn.Module, plan: Plan, path: Path, runtime: str, stored
         "inputs": [spec.name for spec in plan.inputs],
         "codes": parts.codes,
         "layers": parts.layers,
+        "packed": parts.packed,
         "grids": [(grid.scale, grid.zero_point) for grid in parts.grids],
     }
     programs = {"forward": parts.program, "observe": parts.observing}

@@ -99,7 +99,8 @@ class WorkerModel:
             )
         outputs = self._run("forward", inputs)
         seen = self._run("observe", inputs)[len(outputs) :]
-        return Observed(outputs, {name: seen[number] for name, number in self.note["codes"].items()}, {})
+        layers = {name: (seen[x], seen[y]) for name, (x, y) in self.note["packed"].items()}
+        return Observed(outputs, {name: seen[number] for name, number in self.note["codes"].items()}, layers)
 
     def measure(self, *inputs: Tensor, runs: int) -> list[float]:
         """Seconds of each of some runs, as taken in the runtime's own process."""

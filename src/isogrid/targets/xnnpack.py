@@ -12,6 +12,8 @@ from isogrid.layers.xnnpack_kernels import PRODUCT_RATIOS, RATIOS
 from isogrid.planning.graph import Call
 from isogrid.planning.rules import Scheme
 
+GROUPS = (32, 64, 128, 256)
+
 ACTIVATION = "int8/tensor:asymmetric"
 
 
@@ -69,6 +71,16 @@ def check_static_format(kind: str, fmt: Format, call: Call, what: str) -> None:
         raise TargetError(
             f"{call.name!r}: {what}'s integer kernels take symmetric integer weights of up to 8 bits with a float32 "
             f"scale per channel or tensor, not {fmt}. Use int8/channel, int4/channel or ternary/channel."
+        )
+
+
+def check_dynamic_format(fmt: Format, call: Call, what: str) -> None:
+    """Raise TargetError, with what to use instead, where XNNPACK's dynamic kernels do not take a weight."""
+    known = {named_format("int8/channel"), *(named_format(f"int4/group{g}:scale=bfloat16") for g in GROUPS)}
+    if fmt not in known:
+        raise TargetError(
+            f"{call.name!r}: {what} multiplies rows that it quantises itself by int8/channel, or by int4 in groups of "
+            f"{', '.join(map(str, GROUPS))} on bfloat16 scales, not by {fmt}. Use int4/group32:scale=bfloat16, say."
         )
 
 

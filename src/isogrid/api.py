@@ -1,12 +1,13 @@
 """The public functions: names are resolved here, and the floors below are joined."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from isogrid.errors import MissingExtraError, PlanError
+from isogrid.errors import MissingExtraError, PlanError, TargetError
 from isogrid.formats import Format, named_format
 from isogrid.layers.bitnet import BitLinear as BitLinear
 from isogrid.planning import Plan, Rule, Scheme, scheme_from_name
@@ -100,15 +101,25 @@ def plan(
             return Placement(model, graph, runtime, chosen, tuple(rules), arguments, strict).plan()
 
 
-def export(model: nn.Module, path: str | Path) -> Artifact:
+def export(model: nn.Module, path: str | Path, **options: Any) -> Artifact:
     """Write the artefact of a prepared model for its plan's target, with a sidecar `<path>.json`.
+
+    Args:
+        model: prepared and calibrated.
+        path: of the file.
+        options: what the target takes beside: for llama.cpp `tokenizer` and `base`; see its `export`.
 
     Raises:
         NotCalibratedError, NonFiniteError: see `convert`.
-        TargetError: the model cannot be exported.
+        TargetError: the model cannot be exported, or the target takes no such option.
     """
     state = prepared_state(model)
-    return target_from_name(state.plan.target).export(convert(model), state.plan, path)
+    write: Callable[..., Artifact] = target_from_name(state.plan.target).export
+    known = [n for n, parameter in signature(write).parameters.items() if parameter.kind is Parameter.KEYWORD_ONLY]
+    for name in options.keys() - known:
+        takes = f"takes {' and '.join(known)}" if known else "takes none"
+        raise TargetError(f"isogrid.export was given {name}=, and the target {state.plan.target} {takes}.")
+    return write(convert(model), state.plan, path, **options)
 
 
 def load(path: str | Path) -> LoadedModel:

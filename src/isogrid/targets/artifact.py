@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,21 @@ class Artifact:
             "sha256": self.sha256,
             "plan": json.loads(self.plan.to_json()),
         }
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """The versions of installed packages; "unknown" where one runs from a source tree.
+
+    >>> list(versions_of("torch", "no such package").values())[1]
+    'unknown'
+    """
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "unknown"
+    return found
 
 
 def sidecar_path(path: Path) -> Path:

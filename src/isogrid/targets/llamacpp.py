@@ -2,16 +2,17 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from isogrid.errors import TargetError
+from isogrid.errors import ArtifactError, TargetError
 from isogrid.formats import Format, named_format
 from isogrid.formats.ggml import ggml_name
 from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
 from isogrid.planning.rules import SCHEMES, Scheme
-from isogrid.targets.artifact import Artifact
+from isogrid.targets.artifact import Artifact, read_artifact
 from isogrid.targets.runtime import LoadedModel
 
 ACTIVATIONS = {
@@ -31,6 +32,9 @@ POSITIONS = frozenset(
     {"wpe", "position_embeddings", "position_embedding", "embed_positions", "token_type_embeddings"}
 )
 """What models call the embeddings that llama.cpp never quantises."""
+
+OF_THE_MODEL = object()
+"""In place of a tokenizer: the one that the model has as an attribute, if any."""
 
 
 class LlamaCpp:
@@ -61,6 +65,8 @@ class LlamaCpp:
         """None for linear layers and embeddings of tokens."""
         if call.name.rpartition(".")[2] in POSITIONS:
             return "llama.cpp keeps embeddings of positions and of token types in float"
+        if call.type == "Embedding" and ggml_name(named_format(scheme.weight)) == "nvfp4":
+            return "NVFP4 has a scale of the whole tensor, and llama.cpp reads none for embeddings"
         if call.kind == "linear" or call.type == "Embedding":
             return None
         return f"llama.cpp's block formats store linear layers and embeddings, and this is {call.type}"
@@ -79,13 +85,53 @@ class LlamaCpp:
         if _name(fmt) is None:
             raise TargetError(f"{call.name!r}: llama.cpp stores weights as {', '.join(ACTIVATIONS)}, not as {fmt}.")
 
-    def export(self, integer_model: nn.Module, plan: Plan, path: str | Path) -> Artifact:
-        """Not there yet; raises TargetError."""
-        raise TargetError("GGUF files are not written yet.")
+    def export(
+        self,
+        integer_model: nn.Module,
+        plan: Plan,
+        path: str | Path,
+        *,
+        tokenizer: Any = OF_THE_MODEL,
+        base: str | Path | None = None,
+    ) -> Artifact:
+        """Write a GGUF file with its sidecar `<path>.json`.
+
+        Args:
+            integer_model: of `isogrid.convert`, a causal language model of transformers.
+            plan: of the model.
+            path: of the file.
+            tokenizer: of transformers; the model's attribute `tokenizer` if not given. None writes a file without a
+                vocabulary, which takes and gives numbers of tokens.
+            base: a GGUF file of the float model that llama.cpp's converter made, in F32, F16 or BF16. The trained
+                tensors take the places of its own, and everything else is kept.
+
+        Raises:
+            TargetError: llama.cpp does not know the model, the tokenizer or a format, or the base is of another model.
+            ArtifactError: the base or the disk cannot be read or written.
+        """
+        from isogrid.targets.gguf_export import write_gguf
+
+        if base is not None and tokenizer is not OF_THE_MODEL:
+            raise TargetError("A base brings its own tokenizer: leave out tokenizer=.")
+        chosen = getattr(integer_model, "tokenizer", None) if tokenizer is OF_THE_MODEL else tokenizer
+        return write_gguf(integer_model, plan, Path(path), chosen, base)
 
     def load(self, path: str | Path | Artifact, threads: int = 0) -> LoadedModel:
-        """Not there yet; raises TargetError."""
-        raise TargetError("GGUF files are not loaded yet.")
+        """The artefact in llama.cpp: its cache in float32, without flash attention.
+
+        Raises:
+            ArtifactError: the file or its sidecar is missing, corrupt or truncated.
+            MissingExtraError: llama-cpp-python is not installed.
+            TargetError: llama.cpp cannot load it.
+        """
+        from isogrid.targets.llamacpp_model import LlamaCppModel
+
+        artifact = path if isinstance(path, Artifact) else read_artifact(path)
+        if artifact.target != self.name:
+            raise ArtifactError(
+                f"{artifact.path} is for {artifact.target}, not for {self.name}. Load it with isogrid.load(path)."
+            )
+        return LlamaCppModel(artifact, threads)
 
 
 def _name(fmt: Format) -> str | None:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from isogrid.errors import TargetError
 from isogrid.files import write_whole
 from isogrid.planning.plan import Plan
-from isogrid.targets.artifact import Artifact, write_artifact
+from isogrid.targets.artifact import Artifact, versions_of, write_artifact
 from isogrid.targets.flat import flat_forward
 from isogrid.targets.onnx_export import to_onnx
 from isogrid.targets.onnx_graph import Pass
@@ -49,7 +48,7 @@ def write_onnx(
         proto = to_onnx(integer_model, inputs, input_names=names, passes=passes, dynamic_batch=dynamic_batch)
     if check is not None:
         check(proto)
-    versions = _versions()
+    versions = versions_of(*PACKAGES)
     properties = {
         "isogrid.plan": json.dumps(json.loads(plan.to_json()), separators=(",", ":")),
         "isogrid.versions": json.dumps(versions),
@@ -75,13 +74,3 @@ def _serialized(proto: onnx.ModelProto) -> bytes:
     if size >= onnx.checker.MAXIMUM_PROTOBUF:
         raise TargetError(f"The model's tensors take {size / 1e9:.1f} GB, and one ONNX file can hold 2 GB.")
     return bytes(proto.SerializeToString())
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "unknown"
-    return found

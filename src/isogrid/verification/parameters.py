@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.layers.integer import IntegerModule
-from isogrid.layers.stored import StoredInput
+from isogrid.layers.stored import StoredInput, StoredWeight
 from isogrid.verification.report import ParameterCheck
 from isogrid.verification.tally import Tally
 
@@ -38,7 +38,7 @@ def check_parameters(
 
 def _tensors(reference: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in reference.named_modules():
-        if isinstance(module, IntegerModule | StoredInput) or hasattr(module, "weight_scale"):
+        if isinstance(module, IntegerModule | StoredInput | StoredWeight) or hasattr(module, "weight_scale"):
             for name, tensor in module.named_buffers(recurse=False):
                 yield f"{path}.{name}".lstrip("."), tensor
 

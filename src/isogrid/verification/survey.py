@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from isogrid.planning.values import tensors_in
 from isogrid.verification.flow import Flow
-from isogrid.verification.reference import Quantization, View, viewed
+from isogrid.verification.reference import Packed, Quantization, View, viewed
 
 EXACT_OPERATIONS = frozenset(
     """
@@ -128,6 +128,10 @@ class Survey(View):
         self.layers_from[name] = self._tracker.origin(x)
         return x
 
+    def leaving(self, name: str, layer: Packed, x: Tensor, y: Tensor) -> Tensor:
+        self._tracker.restart(y)
+        return y
+
     def fill(self, reference: nn.Module, run: Run, inputs: tuple[Any, ...]) -> None:
         """Fill it in."""
         for x in inputs:
@@ -184,6 +188,11 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def origin(self, x: Tensor) -> Origin:
         """Where a value comes from; what was never seen is an input or a parameter."""
         return self._origins.get(id(x), Origin(True, 0.0))
+
+    def restart(self, x: Tensor) -> None:
+        """Verification looks at this value: what is computed of it is held against what the runtime made of its own."""
+        self._alive.append(x)
+        self._origins[id(x)] = Origin(False, 0.0)
 
     def watch(self, x: Any) -> None:
         """An input, whose changes are to be followed."""

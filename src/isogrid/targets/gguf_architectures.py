@@ -1,0 +1,205 @@
+"""The families of models that are written as GGUF files directly: what llama.cpp wants to know about each.
+
+Keys and conventions are those of llama.cpp's own converter, conversion/*.py beside its convert_hf_to_gguf.py; what
+each architecture reads back is in its src/models/*.cpp.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import log, pi, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isogrid.errors import TargetError
+
+Metadata = dict[str, Any]
+"""Values by GGUF keys: bool, int, float, str and lists of these."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How llama.cpp computes a family of models.
+
+    Attributes:
+        name: in GGUF files.
+        activation: the only one that it has for the family's feed-forward layers, by transformers' names.
+        rotates_pairs: rotary embeddings turn neighbouring rows of queries and keys, so that rows change places.
+        adds_one_to_norms: norms multiply by one plus their parameter; files hold the sum.
+        window: what it does with sliding windows: "pattern" has them for some layers, "none" ignores them.
+        writes_head_sizes: whether the size of a head is written, which may not be hidden size / heads.
+        has_head: whether a file may hold an output layer of its own, beside the embedding.
+    """
+
+    name: str
+    activation: str = "silu"
+    rotates_pairs: bool = False
+    adds_one_to_norms: bool = False
+    window: str = "none"
+    writes_head_sizes: bool = True
+    has_head: bool = True
+
+
+_GELU = "gelu_pytorch_tanh"
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", rotates_pairs=True),
+    "mistral": Architecture("llama", rotates_pairs=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "phi3": Architecture("phi3", writes_head_sizes=False),
+    "gemma2": Architecture("gemma2", _GELU, adds_one_to_norms=True, window="pattern", has_head=False),
+    "gemma3_text": Architecture("gemma3", _GELU, adds_one_to_norms=True, window="pattern"),
+    "gpt2": Architecture("gpt2", "gelu_new", writes_head_sizes=False),
+}
+"""By transformers' `config.model_type`."""
+
+
+def architecture_of(config: Any) -> Architecture:
+    """The architecture of a model; raises TargetError, with what to do, where files are not written directly."""
+    kind = getattr(config, "model_type", None)
+    if kind not in ARCHITECTURES:
+        raise TargetError(
+            f"GGUF files are written directly for {', '.join(ARCHITECTURES)}, not for {kind or 'this model'}. Let "
+            "llama.cpp's convert_hf_to_gguf.py write the float model with --outtype f16, and export with "
+            "isogrid.export(model, path, base='float.gguf'): the trained weights then take the places of its tensors."
+        )
+    return ARCHITECTURES[kind]
+
+
+def metadata_of(config: Any, architecture: Architecture) -> Metadata:
+    """What llama.cpp must know of a model to compute it, without its tokenizer.
+
+    Args:
+        config: of transformers.
+        architecture: of `architecture_of`.
+
+    Raises:
+        TargetError: llama.cpp computes something else than this configuration says; the message names it.
+    """
+    _check(config, architecture)
+    heads, width = config.num_attention_heads, config.hidden_size
+    head = getattr(config, "head_dim", None) or width // heads
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    found: Metadata = {
+        "block_count": config.num_hidden_layers,
+        "context_length": _context_length(config, architecture),
+        "embedding_length": width,
+        "feed_forward_length": inner or 4 * width,
+        "attention.head_count": heads,
+        "attention.head_count_kv": getattr(config, "num_key_value_heads", None) or heads,
+        "vocab_size": config.vocab_size,
+    }
+    epsilon = getattr(config, "rms_norm_eps", None)
+    if epsilon is None:
+        found["attention.layer_norm_epsilon"] = float(config.layer_norm_epsilon)
+    else:
+        found["attention.layer_norm_rms_epsilon"] = float(epsilon)
+    if architecture.writes_head_sizes:
+        found |= {"attention.key_length": head, "attention.value_length": head}
+    for name, key in (("attn_logit_softcapping", "attn"), ("final_logit_softcapping", "final")):
+        if getattr(config, name, None):
+            found[f"{key}_logit_softcapping"] = float(getattr(config, name))
+    if architecture.window == "pattern":
+        found |= _windows(config)
+    elif architecture.name == "phi3":
+        found["attention.sliding_window"] = 0  # without it, the converter's way to mark other models
+    return {f"{architecture.name}.{key}": value for key, value in (found | _rotation(config, head)).items()}
+
+
+def rotation_factors(config: Any) -> dict[str, Tensor]:
+    """Tensors of the file that stretch rotary embeddings, float32 by name; none for most models."""
+    rope = _rope(config)
+    if rope.get("rope_type") == "llama3":
+        return {"rope_freqs.weight": _llama3_factors(config, rope)}
+    if rope.get("rope_type") == "longrope":
+        return {f"rope_factors_{kind}.weight": torch.tensor(rope[f"{kind}_factor"]) for kind in ("long", "short")}
+    return {}
+
+
+def _check(config: Any, architecture: Architecture) -> None:
+    name = next((n for n in ("hidden_act", "hidden_activation", "activation_function") if hasattr(config, n)), None)
+    activation = architecture.activation if name is None else getattr(config, name)
+    same = {_GELU, "gelu_new"}
+    if activation != architecture.activation and not {activation, architecture.activation} <= same:
+        raise TargetError(
+            f"llama.cpp computes {architecture.name} with {architecture.activation}; here {name} is {activation}."
+        )
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False) or not getattr(config, "scale_attn_weights", True):
+        raise TargetError("llama.cpp scales GPT-2's scores by 1 / sqrt(head size) alone; this configuration does not.")
+    scalar = getattr(config, "query_pre_attn_scalar", None)
+    if scalar is not None and scalar != config.head_dim and not _is_gemma_27b(config, architecture):
+        raise TargetError(
+            f"llama.cpp scales scores of {architecture.name} by 1 / sqrt({config.head_dim}), the size of a head; this "
+            f"model's query_pre_attn_scalar is {scalar}."
+        )
+    if getattr(config, "use_bidirectional_attention", None):
+        raise TargetError("llama.cpp computes causal attention for this architecture; this model's is bidirectional.")
+
+
+def _is_gemma_27b(config: Any, architecture: Architecture) -> bool:
+    layers = {"gemma2": 46, "gemma3": 62}.get(architecture.name)
+    scalar = config.hidden_size // config.num_attention_heads
+    return bool(config.num_hidden_layers == layers and config.query_pre_attn_scalar == scalar)
+
+
+def _context_length(config: Any, architecture: Architecture) -> int:
+    """The length up to which llama.cpp computes what the model does: a sliding window that it ignores ends it."""
+    length = int(config.max_position_embeddings)
+    window = getattr(config, "sliding_window", None)
+    used = window is not None and getattr(config, "use_sliding_window", True) and architecture.window == "none"
+    return min(length, int(window)) if used and window is not None else length
+
+
+def _windows(config: Any) -> Metadata:
+    kinds = [kind == "sliding_attention" for kind in config.layer_types]
+    return {"attention.sliding_window": config.sliding_window, "attention.sliding_window_pattern": kinds}
+
+
+def _rope(config: Any) -> Mapping[str, Any]:
+    """The rotary embedding of the layers with full attention; empty where positions are learned."""
+    rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    full: Mapping[str, Any] = rope.get("full_attention", rope)
+    return full
+
+
+def _rotation(config: Any, head: int) -> Metadata:
+    rope = _rope(config)
+    if not rope:
+        return {}
+    share = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1.0)
+    found: Metadata = {"rope.dimension_count": int(head * share), "rope.freq_base": float(rope["rope_theta"])}
+    local = config.rope_parameters.get("sliding_attention")
+    if local is not None:
+        if local["rope_type"] != "default":
+            raise TargetError(f"llama.cpp does not stretch local rotary embeddings; this model has {local}.")
+        found["rope.freq_base_swa"] = float(local["rope_theta"])
+    kind = rope.get("rope_type", "default")
+    if kind in ("linear", "yarn"):
+        found |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+    if kind == "yarn":
+        found["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
+    if kind == "longrope":
+        original = int(rope["original_max_position_embeddings"])
+        stretch = config.max_position_embeddings / original
+        factor = sqrt(1 + log(stretch) / log(original)) if stretch > 1 else 1.0
+        found |= {
+            "rope.scaling.type": kind,
+            "rope.scaling.original_context_length": original,
+            "rope.scaling.attn_factor": factor,
+        }
+    elif kind not in ("default", "linear", "yarn", "llama3"):
+        raise TargetError(f"The rotary embedding {kind!r} is not written directly. Export with base=, see the docs.")
+    return found
+
+
+def _llama3_factors(config: Any, rope: Mapping[str, Any]) -> Tensor:
+    """By how much each frequency is slowed down: not where waves are short, by `factor` where they are long."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] / (2 * pi / frequencies)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    factors: Tensor = 1 / ((1 - smooth) / factor + smooth)
+    return factors

@@ -1,0 +1,68 @@
+"""llama.cpp computes what was trained: every code, and every product on its own inputs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import isogrid as ig
+from isogrid.errors import TargetError
+from isogrid.planning.rules import SCHEMES
+from isogrid.targets.gguf_export import write_float_gguf
+from isogrid.targets.llamacpp_model import LlamaFile
+from tests.targets.language_models import SPECIFIC, language_model, prepared_model, tokens
+
+pytestmark = pytest.mark.runtime("llamacpp")
+
+UNIFORM = [name for name, scheme in SCHEMES.items() if scheme.target == "llamacpp" and name == scheme.weight]
+UNIFORM += ["f16", "bf16"]
+GELU = {"gpt2", "gemma2", "gemma3"}
+"""Their activation function is a table of float16 in llama.cpp, which nothing here reproduces."""
+
+
+@pytest.mark.parametrize("family", SPECIFIC)
+def test_float_models_are_the_same(family: str, tmp_path: Path) -> None:
+    model = language_model(family)
+    file = LlamaFile(write_float_gguf(model, tmp_path / "model.gguf", type="F32"), threads=1)
+    with torch.no_grad():
+        expected = model(input_ids=tokens()).logits
+    difference = (file(tokens()) - expected).abs().max() / expected.abs().max()
+    assert difference < (1e-3 if family in GELU else 3e-6)
+
+
+@pytest.mark.parametrize("scheme", UNIFORM)
+def test_every_format(scheme: str, tmp_path: Path) -> None:
+    model = prepared_model("llama", scheme)
+    report = ig.verify(model, ig.export(model, tmp_path / "model.gguf"), [{"input_ids": tokens()}])
+    assert report, str(report)
+    products = [check for check in report.replays if check.name.endswith(".output")]
+    assert len(products) == 15
+    assert max(check.max_difference for check in products) <= 1e-6
+    assert sum(check.differing for check in report.parameters) == 0
+    assert report.end_to_end.kl < 1e-3
+
+
+@pytest.mark.parametrize("family", [family for family in SPECIFIC if family != "llama"])
+def test_every_family(family: str, tmp_path: Path) -> None:
+    # Gemma 2 has one tensor for embedding and output, and its scaled embedding stays float.
+    rules = [ig.Rule(match="lm_head", keep="float")] if family == "gemma2" else []
+    model = prepared_model(family, "q4_k", rules)
+    report = ig.verify(model, ig.export(model, tmp_path / "model.gguf"), [{"input_ids": tokens()}])
+    products = [check for check in report.replays if check.name.endswith(".output")]
+    assert len(products) == {"gpt2": 9, "phi3": 9, "gemma2": 14}.get(family, 15)
+    assert max(check.max_difference for check in products) <= 1e-6
+    assert sum(check.differing for check in report.parameters) == 0
+    assert all(check.holds for check in report.graph)
+
+
+def test_speed_and_inputs_that_it_refuses(tmp_path: Path) -> None:
+    model = prepared_model("mistral", "q8_0")
+    loaded = ig.load(ig.export(model, tmp_path / "model.gguf").path)
+    speed = loaded.tokens_per_second(tokens(), generated=4, runs=1)
+    assert speed.prompt > 0 and speed.decoding > 0
+    with pytest.raises(TargetError, match="up to 48 tokens"):  # its sliding window, which llama.cpp does not have
+        loaded(tokens(1, 49))
+    with pytest.raises(TargetError, match="go beyond"):
+        loaded(tokens() + 300)
+    with pytest.raises(TargetError, match="takes tokens"):
+        loaded(tokens().float())

@@ -1,0 +1,63 @@
+"""Tiny language models with random weights, one of each family that is written as GGUF directly."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import isogrid as ig
+
+transformers: Any = pytest.importorskip("transformers")
+
+VOCABULARY = 320
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "use_cache": False,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GEMMA = {"query_pre_attn_scalar": 64, "sliding_window": 8, "tie_word_embeddings": True, "head_dim": 64}
+SPECIFIC: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {"head_dim": 32, "attention_bias": True}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {"head_dim": 64, "sliding_window": 48}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 64, "tie_word_embeddings": True}),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", {}),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**GEMMA, "attn_implementation": "eager"}),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_positions": 64}),
+}
+RENAMED = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+
+
+def language_model(family: str, **options: Any) -> nn.Module:
+    """A float model whose norms and biases are not what they start as."""
+    torch.manual_seed(0)
+    model_type, config_type, specific = SPECIFIC[family]
+    sizes = {**SIZES, **specific, **options}
+    if family == "gpt2":
+        kept = ("vocab_size", "use_cache", "bos_token_id", "eos_token_id", "n_positions")
+        sizes = {name: sizes[name] for name in kept} | {new: sizes[old] for old, new in RENAMED.items()}
+    model: nn.Module = getattr(transformers, model_type)(getattr(transformers, config_type)(**sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(2)
+    return model
+
+
+def tokens(rows: int = 2, length: int = 24) -> torch.Tensor:
+    """Random ones."""
+    return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def prepared_model(family: str, scheme: str, rules: Any = (), **options: Any) -> nn.Module:
+    """A model on the grids of a scheme."""
+    model = language_model(family, **options)
+    return ig.prepare(model, ig.plan(model, scheme=scheme, rules=rules, example_inputs={"input_ids": tokens()}))

@@ -18,7 +18,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 GEMMA = {"query_pre_attn_scalar": 64, "sliding_window": 8, "tie_word_embeddings": True, "head_dim": 64}
 SPECIFIC: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("LlamaForCausalLM", "LlamaConfig", {"head_dim": 32, "attention_bias": True}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {"head_dim": 128, "attention_bias": True}),
     "mistral": ("MistralForCausalLM", "MistralConfig", {"head_dim": 64, "sliding_window": 48}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {}),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 64, "tie_word_embeddings": True}),
@@ -57,7 +57,8 @@ def tokens(rows: int = 2, length: int = 24) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def prepared_model(family: str, scheme: str, rules: Any = (), **options: Any) -> nn.Module:
-    """A model on the grids of a scheme."""
+def prepared_model(family: str, weight: str, rules: Any = (), **options: Any) -> nn.Module:
+    """A model with all weights in one format of llama.cpp's."""
     model = language_model(family, **options)
-    return ig.prepare(model, ig.plan(model, scheme=scheme, rules=rules, example_inputs={"input_ids": tokens()}))
+    rules = [*rules, ig.Rule(match="*", weight=weight)]
+    return ig.prepare(model, ig.plan(model, scheme="q8_0", rules=rules, example_inputs={"input_ids": tokens()}))

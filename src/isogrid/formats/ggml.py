@@ -57,7 +57,7 @@ def block_length(fmt: Format) -> int | None:
     256
     """
     name = ggml_name(fmt)
-    return None if name is None else _LAYOUTS[name].block
+    return None if name is None else LAYOUTS[name].block
 
 
 def ggml_name(fmt: Format) -> str | None:
@@ -67,7 +67,7 @@ def ggml_name(fmt: Format) -> str | None:
     'q4_0'
     """
     unsigned = replace(fmt, signed_scale=False)
-    return next((name for name in _LAYOUTS if replace(named_format(name), signed_scale=False) == unsigned), None)
+    return next((name for name in LAYOUTS if replace(named_format(name), signed_scale=False) == unsigned), None)
 
 
 def unpack_blocks(packed: Tensor, fmt: Format, shape: Shape) -> Quantized:
@@ -248,7 +248,7 @@ _SUPER_D, _SUPER_MIN = Half("scale.scale.codes"), Half("offset.scale.codes")
 _NIBBLES, _FIFTH_BITS = Plane(4, stride=16), Plane(1, stride=1, shift=4)
 _SCALES = ("scale.codes",)
 
-_LAYOUTS: dict[str, Layout] = {
+LAYOUTS: dict[str, Layout] = {
     "q4_0": Layout(32, (_D, _NIBBLES)),
     "q4_1": Layout(32, (_D, _MIN, _NIBBLES)),
     "q5_0": Layout(32, (_D, _FIFTH_BITS, _NIBBLES)),
@@ -286,8 +286,8 @@ def _layout(fmt: Format, shape: Shape) -> Layout:
     """The layout of a format, whose blocks must divide the rows."""
     name = ggml_name(fmt)
     if name is None:
-        raise FormatError(f"ggml has no blocks for {fmt}. It has them for {', '.join(_LAYOUTS)}.")
-    layout = _LAYOUTS[name]
+        raise FormatError(f"ggml has no blocks for {fmt}. It has them for {', '.join(LAYOUTS)}.")
+    layout = LAYOUTS[name]
     if not shape or shape[-1] % layout.block:
         raise FormatError(f"ggml's {name} blocks hold {layout.block} values; rows of {list(shape)} do not fit.")
     return layout

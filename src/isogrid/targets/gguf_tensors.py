@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import gguf
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from isogrid.errors import FormatError, NonFiniteError, TargetError
 from isogrid.formats import Format, NativeGrid, Quantized, named_format
-from isogrid.formats.ggml import ggml_name, pack_blocks, unpack_blocks
+from isogrid.formats.ggml import LAYOUTS, ggml_name, pack_blocks, unpack_blocks
 from isogrid.layers.borrowed import TurnedLinear
 from isogrid.layers.stored import StoredWeight
 from isogrid.targets.gguf_architectures import Architecture
@@ -21,11 +22,11 @@ HALVES = {torch.float16: GgmlType.F16, torch.bfloat16: GgmlType.BF16, torch.floa
 HEAD = "lm_head.weight"
 """The output layer in checkpoints; gguf's tables leave it out for families that never have one of their own."""
 
-FORMATS = {GgmlType[name.upper()]: name for name in (
-    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "tq1_0", "tq2_0", "mxfp4",
-    "nvfp4",
-)}  # fmt: skip
-"""The names of formats by ggml's types."""
+FORMATS = {GgmlType[name.upper()]: name for name in LAYOUTS if name.upper() in GgmlType.__members__}
+"""The names of formats by the types that the installed gguf package knows."""
+
+TERNARY = named_format("ternary/tensor:scale=float16")
+"""A weight of BitNet: blocks of TQ2_0 that have one scale."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,35 @@ def packed(value: Quantized | Tensor) -> tuple[Tensor, GgmlType]:
     grid = value.format.grid
     if isinstance(grid, NativeGrid) and value.format.scale is None and grid.dtype in HALVES:
         return value.codes.cpu().contiguous().view(torch.uint8), HALVES[grid.dtype]
+    value = in_blocks(value) if value.format == TERNARY else value
     name = ggml_name(value.format)
-    if name is None:
-        raise TargetError(f"ggml does not store {value.format}. Use one of {', '.join(FORMATS.values())}.")
+    if name is None or name not in FORMATS.values():
+        known = ", ".join(FORMATS.values())
+        raise TargetError(f"The installed gguf does not store {value.format}. Use one of {known}.")
     try:
         return pack_blocks(value).cpu(), GgmlType[name.upper()]
     except FormatError as error:
         raise TargetError(str(error)) from error
+
+
+def in_one(value: Quantized) -> Quantized:
+    """Undo `in_blocks`; what has blocks of different scales is returned as it is."""
+    assert value.scale is not None and TERNARY.scale is not None
+    scales = value.scale.codes.flatten()
+    if scales.numel() == 0 or not torch.equal(scales, scales[:1].expand_as(scales)):
+        return value
+    shape = TERNARY.scale_shape(value.shape)
+    scale = Quantized(scales[:1].reshape(shape), TERNARY.scale, shape)
+    return Quantized(value.codes, TERNARY, value.shape, scale=scale)
+
+
+def in_blocks(value: Quantized) -> Quantized:
+    """A ternary tensor with one scale as TQ2_0, whose blocks all have it."""
+    fmt = named_format("tq2_0")
+    assert value.scale is not None and fmt.scale is not None
+    shape = fmt.scale_shape(value.shape)
+    scale = value.scale.codes.reshape(1).expand(prod(shape)).reshape(shape)
+    return Quantized(value.codes, fmt, value.shape, scale=Quantized(scale, fmt.scale, shape))
 
 
 def unpacked(data: np.ndarray[Any, Any], kind: GgmlType, shape: tuple[int, ...], fmt: Format) -> Quantized | Tensor:

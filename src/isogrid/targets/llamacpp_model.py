@@ -16,7 +16,7 @@ from isogrid.formats import Quantized, named_format
 from isogrid.layers.stored import StoredWeight
 from isogrid.targets.artifact import Artifact
 from isogrid.targets.gguf_base import float_values, open_gguf
-from isogrid.targets.gguf_tensors import FORMATS, RowOrder, unpacked
+from isogrid.targets.gguf_tensors import FORMATS, TERNARY, RowOrder, in_one, unpacked
 from isogrid.targets.runtime import Observed, RuntimeOperator
 from isogrid.targets.subprocesses import Worker
 
@@ -122,6 +122,10 @@ class LlamaCppModel:
         """See `LlamaFile.tokens_per_second`."""
         return self.file.tokens_per_second(input_ids, generated, runs)
 
+    def decoding_speed(self, input_ids: Tensor) -> float:
+        """Tokens a second behind the first of these [1, length], one by one."""
+        return self.tokens_per_second(input_ids).decoding
+
     def stored(self) -> Mapping[str, Tensor]:
         """Codes of every quantised weight, its scales and what these are made of, as `isogrid.convert` names them."""
         found: dict[str, Tensor] = {}
@@ -130,8 +134,11 @@ class LlamaCppModel:
             for path in entry["paths"]:
                 tensor = self._tensors[name]
                 parts.setdefault(path, {})[name] = RowOrder(**entry["order"]), np.asarray(tensor.data), tensor
+        formats = {layer.path: self.artifact.plan.site(layer.weight).format for layer in self.artifact.plan.layers}
         for path, pieces in parts.items():
             quantized = self._joined(pieces)
+            if named_format(formats[path]) == TERNARY:
+                quantized = in_one(quantized)
             found |= {f"{path}.{part}": codes for part, codes in StoredWeight(quantized).named_buffers()}
             bias = self._tensors.get(next(iter(pieces)).removesuffix(".weight") + ".bias")
             if bias is not None:

@@ -35,7 +35,9 @@ def test_every_format(weight: str, tmp_path: Path) -> None:
     rules = [ig.Rule(match="model.embed_tokens", keep="float")] if weight == "nvfp4" else []
     model = prepared_model("llama", weight, rules)
     report = ig.verify(model, ig.export(model, tmp_path / "model.gguf"), [{"input_ids": tokens()}])
-    assert report, str(report)
+    # Random weights make random predictions, of which some are nearly equal: that top-1 agreement says nothing.
+    assert all(check.holds for check in (*report.parameters, *report.replays, *report.graph)), str(report)
+    assert not report.problems
     products = [check for check in report.replays if check.name.endswith(".output")]
     assert len(products) == 15
     assert max(check.max_difference for check in products) <= 1e-6

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ def test_the_table_shows_every_site_and_what_stays_float() -> None:
     plan = ig.plan(model, example_inputs=inputs)
     text = str(plan)
     assert all(site.name in text and site.format in text for site in plan.sites)
-    assert all(name in text for name, _ in plan.floats)
+    # What differs in numbers only is one row.
+    assert all(name in text or re.sub(r"\d+", "*", name) in text for name, _ in plan.floats)
     assert "w8a8 for onnxruntime" in text
 
 

@@ -1,6 +1,8 @@
 """The plan: the outcome of rules and scheme for every site, with the reason, and all that stays float."""
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -136,20 +138,23 @@ class Plan:
         raise PlanError(f"The plan has no site {name!r}.")
 
     def tables(self) -> tuple[Table, Table]:
-        """The sites, and what stays float, as Rich tables."""
+        """The sites, and what stays float, as Rich tables.
+
+        What runtimes do to activations, and what stays float, is one row where names differ in their numbers only.
+        """
         sites = Table(title=f"Plan: {self.scheme} for {self.target}", title_justify="left")
         for column in ("site", "format", "scale", "estimator", "range", "reason"):
             sites.add_column(column, overflow="fold")
         for site in self.sites:
             sites.add_row(site.name, site.format, site.scale, site.estimator, site.range, site.reason)
-        for layer in self.layers:
-            if layer.activation_rule is not None:
-                reason = f"{self.target} quantises what arrives, by the weight's format"
-                sites.add_row(f"{layer.path}.input", layer.activation_rule, "dynamic", "identity", "", reason)
+        rules = [(f"{each.path}.input", each.activation_rule) for each in self.layers if each.activation_rule]
+        for name, rule in _alike(rules):
+            reason = f"{self.target} quantises what arrives, by the weight's format"
+            sites.add_row(name, rule, "dynamic", "identity", "", reason)
         floats = Table(title="Stays float", title_justify="left")
         floats.add_column("what")
         floats.add_column("why", overflow="fold")
-        for name, reason in self.floats or (("nothing", ""),):
+        for name, reason in _alike(self.floats) or [("nothing", "")]:
             floats.add_row(name, reason)
         return sites, floats
 
@@ -194,6 +199,20 @@ class Plan:
                 f"This is not the JSON of a plan: {type(error).__name__}: {error}. Was it written by another "
                 "version of Isogrid? Then plan anew."
             ) from error
+
+
+def _alike(rows: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """One row for all whose names differ in numbers only: `layers.*.mul (32)`, in the order of the first of each.
+
+    >>> _alike([("layers.0.add", "why"), ("head", "why"), ("layers.1.add", "why"), ("layers.2.add", "another")])
+    [('layers.*.add (2)', 'why'), ('head', 'why'), ('layers.2.add', 'another')]
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, text in rows:
+        found.setdefault((re.sub(r"\d+", "*", name), text), []).append(name)
+    return [
+        (names[0] if len(names) == 1 else f"{pattern} ({len(names)})", text) for (pattern, text), names in found.items()
+    ]
 
 
 def _feed(data: dict[str, Any] | None) -> Feed | None:

@@ -5,11 +5,12 @@ from typing import Annotated
 
 import typer
 
-from isogrid.cli.options import Recipe, Settings
+from isogrid.cli.options import Demo, Recipe, Settings
 
 
 def plan(
     recipe: Recipe,
+    demo: Demo = False,
     settings: Settings = None,
     json: Annotated[Path | None, typer.Option(help="Also write the plan as JSON to this file.")] = None,
 ) -> None:
@@ -23,7 +24,7 @@ def plan(
     from isogrid.recipes.sources import make_data
     from isogrid.recipes.stages import new_model, plan_of
 
-    loaded = load_recipe(recipe, settings or ())
+    loaded = load_recipe(recipe, settings or (), demo=demo)
     made = plan_of(loaded, new_model(loaded), make_data(loaded.data))
     output.print(*made.tables())
     if json is not None:

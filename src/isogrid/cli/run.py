@@ -4,12 +4,12 @@ from typing import Annotated
 
 import typer
 
-from isogrid.cli.options import Recipe, Settings
+from isogrid.cli.options import Demo, Recipe, Settings
 
 
 def run(
     recipe: Recipe,
-    demo: Annotated[bool, typer.Option("--demo", help="With the recipe's built-in model and data.")] = False,
+    demo: Demo = False,
     model: Annotated[str | None, typer.Option(help="A language model of Hugging Face: its name or folder.")] = None,
     text: Annotated[str | None, typer.Option(help="Text files to train it on, such as 'texts/*.txt'.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,

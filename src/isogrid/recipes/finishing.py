@@ -108,6 +108,7 @@ class _End:
         return outcome
 
     def _float_outcome(self, method: Literal["float", "float-extra"], model: nn.Module) -> Outcome:
-        path = self.folder.path / f"{method}.onnx"
+        path = self.folder.artifact(self.recipe.runtime).with_stem(method)
+        path = path if path.suffix == ".gguf" else self.folder.path / f"{method}.onnx"
         outcome: Outcome = self._outcomes.float_outcome("float", method, model, self.data, path)
         return outcome

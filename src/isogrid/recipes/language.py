@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from isogrid.api import to_bitnet
 from isogrid.errors import RecipeError
 from isogrid.recipes.data import Data, collate, size
 from isogrid.recipes.english import english
@@ -139,7 +140,9 @@ def _language_data(train: Packed, test: Packed, tokenizer: Any, description: str
     )  # fmt: skip
 
 
-def built_in_model(layers: int = 3, hidden: int = 256, feed_forward: int = 768, context: int = 256) -> nn.Module:
+def built_in_model(
+    layers: int = 3, hidden: int = 256, feed_forward: int = 768, context: int = 256, bitnet: bool = False
+) -> nn.Module:
     """A small language model of the Llama architecture, for the built-in text.
 
     All sizes are multiples of 256, so that every format of llama.cpp fits. input_ids int64 [sequences, length] to
@@ -150,6 +153,7 @@ def built_in_model(layers: int = 3, hidden: int = 256, feed_forward: int = 768, 
         hidden: size of an embedding; heads have 64 features, and two of them share keys and values.
         feed_forward: size in between.
         context: tokens at most.
+        bitnet: the structure of BitNet, see `isogrid.to_bitnet`; embedding and head are then one, as llama.cpp has it.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -168,18 +172,20 @@ def built_in_model(layers: int = 3, hidden: int = 256, feed_forward: int = 768, 
         max_position_embeddings=context,
         bos_token_id=0,
         eos_token_id=0,
-        tie_word_embeddings=False,
+        tie_word_embeddings=bitnet,
         use_cache=False,
     )
-    return LlamaForCausalLM(config)
+    model: nn.Module = LlamaForCausalLM(config)
+    return to_bitnet(model) if bitnet else model
 
 
-def causal_model(path: str, dtype: str = "float32") -> nn.Module:
+def causal_model(path: str, dtype: str = "float32", bitnet: bool = False) -> nn.Module:
     """A causal language model of Hugging Face, with its weights.
 
     Args:
         path: its name or folder.
         dtype: that the weights are trained in.
+        bitnet: give it the structure of BitNet, see `isogrid.to_bitnet`; it then has to be trained.
 
     Raises:
         RecipeError: there is none.
@@ -197,4 +203,4 @@ def causal_model(path: str, dtype: str = "float32") -> nn.Module:
         first = str(error).partition("\n")[0]
         raise RecipeError(f"model: no causal language model can be loaded from {path!r}: {first}") from error
     model.config.use_cache = False  # training sees whole sequences
-    return model  # type: ignore[no-any-return]
+    return to_bitnet(model) if bitnet else model

@@ -1,6 +1,7 @@
 """What a language model achieves once it is exported: perplexity in its runtime, agreement, size, speed."""
 
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -12,29 +13,56 @@ from isogrid.recipes.language import LanguageData
 from isogrid.recipes.outcomes import Outcome
 from isogrid.recipes.perplexity import Predictions, predictions
 from isogrid.report import LanguageFigures, ModelReport, ResultRow, model_report
-from isogrid.targets import Artifact, LoadedModel
 
 VERIFIED = 2
 """Sequences that every operation is replayed on; the whole text goes through the runtime besides."""
 
 
-@runtime_checkable
-class Writes(Protocol):
-    """A loaded language model that can also write one token after the other, as a chat does."""
+class Speed(Protocol):
+    """Tokens a second."""
 
-    def decoding_speed(self, input_ids: Tensor) -> float:
-        """Tokens a second in which it takes up input_ids int64 [1, length] one by one."""
+    prompt: float
+    decoding: float
+
+
+@runtime_checkable
+class Paced(Protocol):
+    """A loaded language model that says how fast it is."""
+
+    def tokens_per_second(self, input_ids: Tensor) -> Speed:
+        """Reading input_ids int64 [1, length], and writing one token after the other behind them."""
         ...
 
 
 def float_outcome(
     name: str, method: Literal["float", "float-extra"], model: nn.Module, data: LanguageData, path: Path
 ) -> Outcome:
-    """Run a float model on the test data in PyTorch; the size is that of its weights."""
-    found = predictions(model.cpu().eval(), data.test_batches())
+    """Run a float model on the test data.
+
+    Args:
+        name, method: of the row.
+        model: float.
+        data: with the text.
+        path: of a GGUF file, which is written in float16 and run by llama.cpp; for another one the model runs in
+            PyTorch, and the size is that of its weights.
+    """
+    trained = predictions(model.cpu().eval(), data.test_batches())
+    if path.suffix == ".gguf":
+        return Outcome(_float_row(name, method, model, trained, data, path), ModelReport(name, method))
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    row = ResultRow(name, method, found.accuracy, size_bytes=size, language=_figures(found))
+    row = ResultRow(name, method, trained.accuracy, size_bytes=size, language=_figures(trained))
     return Outcome(row, ModelReport(name, method))
+
+
+def _float_row(
+    name: str, method: Literal["float", "float-extra"], model: nn.Module, trained: Predictions, data: LanguageData,
+    path: Path,
+) -> ResultRow:  # fmt: skip
+    from isogrid.targets.gguf_export import write_float_gguf
+    from isogrid.targets.llamacpp_model import LlamaFile
+
+    write_float_gguf(model, path, data.tokenizer, "F16")
+    return measured(name, method, LlamaFile(path), path, trained, data)
 
 
 def quantized_outcome(
@@ -46,37 +74,38 @@ def quantized_outcome(
     verification = verify(
         model, artifact, islice(data.test_batches(VERIFIED), 1), lambda outputs, batch: data.metric(outputs, batch[-1])
     )
-    row = deployed_row(name, method, artifact, predictions(model, data.test_batches()), data)
+    trained = predictions(model, data.test_batches())
+    row = measured(name, method, load(artifact.path), artifact.path, trained, data)
     return Outcome(row, model_report(name, method, model, verification), artifact, verification)
 
 
-def deployed_row(
-    name: str, method: Literal["float", "float-extra", "ptq", "qat"], artifact: Artifact, trained: Predictions,
-    data: LanguageData,
+def measured(
+    name: str, method: Literal["float", "float-extra", "ptq", "qat"], loaded: Callable[[Tensor], Any], path: Path,
+    trained: Predictions, data: LanguageData,
 ) -> ResultRow:  # fmt: skip
-    """Run an artefact on the test data in its runtime.
+    """The row of a model in its runtime, run on the test data.
 
     Args:
         name, method: of the row.
-        artifact: what was exported.
+        loaded: of input_ids int64 [sequences, length]; what `predictions` takes.
+        path: of its file or folder.
         trained: what the forward that was trained says about the test data.
-        data: of the model.
+        data: with the text.
     """
-    loaded = load(artifact.path)
-    found, speed = _timed(loaded, data)
-    ids = next(iter(data.test_batches(1)))[0]
+    found, prompt = _timed(loaded, data)
+    speed = loaded.tokens_per_second(next(iter(data.test_batches(1)))[0]) if isinstance(loaded, Paced) else None
     return ResultRow(
         name,
         method,
         found.accuracy,
-        size_bytes=artifact.size_bytes,
-        artifact=str(artifact.path),
+        size_bytes=sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*"))),
+        artifact=str(path),
         language=_figures(
             found,
             trained_perplexity=trained.perplexity.value,
             agreement=found.agreement(trained),
-            prompt_speed=speed,
-            decoding_speed=loaded.decoding_speed(ids) if isinstance(loaded, Writes) else None,
+            prompt_speed=prompt if speed is None else speed.prompt,
+            decoding_speed=None if speed is None else speed.decoding,
         ),
     )
 
@@ -87,7 +116,7 @@ def with_tokenizer(model: nn.Module, data: LanguageData) -> nn.Module:
     return model
 
 
-def _timed(loaded: LoadedModel, data: LanguageData) -> tuple[Predictions, float]:
+def _timed(loaded: Callable[[Tensor], Any], data: LanguageData) -> tuple[Predictions, float]:
     """A runtime's predictions, and how many tokens of the text it read a second."""
     seconds = 0.0
 

@@ -67,6 +67,7 @@ class LlamaFile:
             generated: how many tokens are decoded one by one behind the prompt.
             runs: how often.
         """
+        generated = min(generated, self.context // 2)
         row = input_ids.reshape(-1, input_ids.shape[-1])[0][: self.context - generated]
         self._check(row[None])
         answer = self.worker.call("speed", {"tokens": row.to(torch.int64)}, generated=generated, runs=runs)

@@ -217,3 +217,24 @@ def speed(
     finally:
         llama_cpp.llama_free(context)
     return {"prompt": len(row) / min(prompt[1:]), "decoding": generated / min(decoding[1:])}, {}
+
+
+def requantize(
+    tensors: dict[str, torch.Tensor], path: str, output: str, kind: str
+) -> tuple[None, dict[str, torch.Tensor]]:
+    """llama-quantize: a float GGUF file by llama.cpp's own quantisers and choice of types.
+
+    Args:
+        tensors: none.
+        path: of the float file.
+        output: of the new one.
+        kind: llama-quantize's name of the file type in small letters, such as `q4_k_m`; `q4_k` is `q4_k_m`.
+    """
+    name = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}.get(kind, kind).upper()
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")
+    parameters.nthread = torch.get_num_threads()
+    status = llama_cpp.llama_model_quantize(path.encode(), output.encode(), ctypes.byref(parameters))
+    if status:
+        raise ValueError(f"llama_model_quantize returned {status}")
+    return None, {}

@@ -326,7 +326,9 @@ def main() -> None:
             arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     worker.close()
     if arguments.write is not None:
-        arguments.write.write_text(page(rows), encoding="utf-8")
+        old = arguments.write.read_text(encoding="utf-8") if arguments.write.exists() else ""
+        _, mark, language_models = old.partition("\n## Language models\n")  # of llm_zoo.py
+        arguments.write.write_text(page(rows) + mark + language_models, encoding="utf-8")
     console.print(f"{sum(row.verified for row in rows)} of {len(rows)} verified")
 
 

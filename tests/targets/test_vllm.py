@@ -228,12 +228,15 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_folder_of_ours_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_a_folder_of_ours_is_replaced_but_for_the_tokenizer(tmp_path: Path) -> None:
     model = prepared(model_of("Llama"), "w4a16")
     first = ig.export(model, tmp_path / "model")
-    (first.path / "leftover.safetensors").write_bytes(b"")
+    (first.path / "model-2.safetensors").write_bytes(b"")
+    (first.path / "tokenizer.json").write_text("{}")
     ig.export(model, tmp_path / "model")
-    assert not (first.path / "leftover.safetensors").exists()
+    assert not (first.path / "model-2.safetensors").exists()
+    assert (first.path / "tokenizer.json").read_text() == "{}"
+    ig.load(first.path)  # a tokenizer is no part of what the sidecar vouches for
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

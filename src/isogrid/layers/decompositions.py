@@ -118,11 +118,17 @@ def stack(tensors: Sequence[Tensor], dim: int = 0, *, out: Tensor | None = None)
     return NotImplemented if out is not None else torch.cat([x.unsqueeze(dim) for x in tensors], dim)
 
 
-def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    """`torch.addmm` and `torch.baddbmm` as a matrix product and a sum."""
+def addmm(input: Tensor, *factors: Tensor, beta: float = 1, alpha: float = 1, **named: Tensor) -> Any:
+    """`torch.addmm` and `torch.baddbmm` as a matrix product and a sum.
+
+    >>> addmm(torch.ones(1), batch2=torch.full((1, 1), 2.0), batch1=torch.full((1, 1), 3.0))
+    tensor([[7.]])
+    """
     if beta not in (0, 1):
         return NotImplemented
-    product = torch.matmul(mat1, mat2)
+    # mat1 and mat2, or batch1 and batch2, in whichever order they are named.
+    first, second = (*factors, *(named[name] for name in sorted(named)))
+    product = torch.matmul(first, second)
     product = product if alpha == 1 else product * alpha
     return product + input if beta else product
 

@@ -25,6 +25,10 @@ EXTENDED: dict[type[nn.Module], Callable[..., Tensor]] = {
 """Layers whose extensions are understood, and the product that their forward has to call."""
 
 
+SAME_AS_LINEAR = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
+"""Classes whose forward is nn.Linear's in other words, told without their import."""
+
+
 class Product(NamedTuple):
     """The operands of a product as it was called.
 
@@ -67,11 +71,16 @@ def parent_of(module: nn.Module) -> type[nn.Module] | None:
     return next((kind for kind in EXTENDED if isinstance(module, kind)), None)
 
 
+def computes_as_linear(module: nn.Module) -> bool:
+    """Whether a module's class computes what nn.Linear does, by a forward of its own."""
+    return f"{type(module).__module__}.{type(module).__name__}" in SAME_AS_LINEAR
+
+
 def own_class(module: nn.Module) -> type[nn.Module] | None:
     """The class of a module that extends a layer and has a forward of its own; None for all others."""
     found: type[nn.Module] | None = getattr(module, "extending", None)
     parent = parent_of(module)
-    if found is not None or parent is None or hasattr(module, "to_integer"):
+    if found is not None or parent is None or hasattr(module, "to_integer") or computes_as_linear(module):
         return found
     return type(module) if type(module).forward is not parent.forward else None
 

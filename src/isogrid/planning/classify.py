@@ -11,6 +11,7 @@ from isogrid.errors import PlanError
 from isogrid.layers import activations, elementwise, matmul, where
 from isogrid.layers.borrowed import BorrowedLinear
 from isogrid.layers.experts import BorrowedExperts
+from isogrid.layers.intercept import computes_as_linear
 from isogrid.layers.lent import BorrowedConv1d, BorrowedConv2d, BorrowedConv3d
 from isogrid.layers.pooling import averages_space, pooling_of
 from isogrid.layers.recurrent import Gates
@@ -104,6 +105,8 @@ def layer_type(module: nn.Module) -> type[nn.Module] | None:
     """
     if type(module) in MODULE_KINDS:
         return type(module)
+    if computes_as_linear(module):
+        return nn.Linear
     found = next((kind for kind in MODULE_KINDS if isinstance(module, kind)), None)
     if found is None or any(_of(type(module), name) is not _of(found, name) for name in _DECIDES_FORWARD):
         return None

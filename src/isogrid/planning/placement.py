@@ -244,6 +244,10 @@ class Placement:
         return ""
 
     def _leaves_model(self, calls: Sequence[Call]) -> bool:
+        # A model of transformers knows its head, whose output may be scaled or capped before it leaves.
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if head is not None and self.model.get_submodule(calls[0].scope) is head:
+            return True
         return not {self.graph.origin(v)[0] for v in self.graph.model_outputs}.isdisjoint(c.output for c in calls)
 
     def _activation(self, owner: Owner, choice: Choice, nonnegative: Collection[str]) -> str:

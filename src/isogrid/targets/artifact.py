@@ -18,6 +18,9 @@ from isogrid.planning.plan import Plan
 FORMAT = 1
 """Version of the sidecar; a reader refuses a newer one."""
 
+MODEL_FILES = (".safetensors", ".safetensors.index.json", "config.json")
+"""How the names of the files end that hold the model, in an artefact that is a folder."""
+
 FOLDER_SIDECAR = "isogrid.json"
 """The sidecar's name in an artefact that is a folder."""
 
@@ -32,7 +35,7 @@ class Artifact:
         session_options: settings that keep the runtime to what was trained.
         plan: of the model that was exported.
         versions: of the packages that wrote it.
-        sha256: of the file, or of the names and contents of all files in the folder but the sidecar.
+        sha256: of the file, or of the names and contents of the files in the folder that hold the model.
     """
 
     path: Path
@@ -44,7 +47,7 @@ class Artifact:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the file, or of all files in the folder."""
+        """Size of the file, or of those in the folder that hold the model."""
         files = _files(self.path) if self.path.is_dir() else [self.path]
         return sum(file.stat().st_size for file in files)
 
@@ -119,7 +122,9 @@ def write_artifact(artifact: Artifact, write: Callable[[Path], Any]) -> Artifact
 
 
 def write_folder(artifact: Artifact, write: Callable[[Path], Any]) -> Artifact:
-    """Write an artefact that is a folder, with the sidecar in it; a folder that is there is replaced as a whole.
+    """Write an artefact that is a folder, with the sidecar in it; an older one there is replaced in one step.
+
+    Files in the older one that hold no part of the model, such as a tokenizer's, are kept.
 
     Args:
         artifact: its `sha256` is ignored and becomes that of what is written.
@@ -139,6 +144,9 @@ def write_folder(artifact: Artifact, write: Callable[[Path], Any]) -> Artifact:
         written = replace(artifact, sha256=_folder_digest(temporary))
         write_json(temporary / FOLDER_SIDECAR, written.to_sidecar())
         if path.is_dir():
+            for file in path.iterdir():
+                if file.is_file() and not file.name.endswith(MODEL_FILES) and not (temporary / file.name).exists():
+                    shutil.copy2(file, temporary / file.name)  # a tokenizer, a model card
             path.replace(old)
         temporary.replace(path)
     except (OSError, CheckpointError) as error:
@@ -203,9 +211,8 @@ def _entry_of(path: Path) -> dict[str, Any] | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of an artefact that is a folder, without the sidecar; hidden ones are none of it."""
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith("."))
-    return [file for file in files if file != folder / FOLDER_SIDECAR]
+    """The files in a folder that decide what is computed; others, such as a tokenizer's, may come and go."""
+    return [file for file in sorted(folder.iterdir()) if file.name.endswith(MODEL_FILES)]
 
 
 def _folder_digest(folder: Path) -> str:

@@ -104,7 +104,7 @@ class Vllm:
         Args:
             integer_model: of `isogrid.convert`, a model of transformers.
             plan: of the model.
-            path: of the folder; one that is there is replaced as a whole.
+            path: of the folder; an older export there is replaced, but for a tokenizer and the like.
 
         Raises:
             TargetError: the model is none of transformers, or nothing in it is quantised.

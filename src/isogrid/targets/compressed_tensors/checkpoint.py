@@ -56,12 +56,11 @@ class CompressedModel:
         if why := why_not_run(self.artifact.plan):
             raise TargetError(f"transformers cannot show what {self.artifact.path} computes: {why}.")
         options: dict[str, Any] = {"dtype": self._config.dtype}
-        if any(named_format(site.format).zero_point for site in self.artifact.plan.sites):
-            # compressed-tensors 0.20 makes no room for packed zero points where it decompresses on the first call.
+        if _decompresses_at_once(self.artifact.plan):
             options["quantization_config"] = self._library.CompressedTensorsConfig(dequantize=True)
         try:
             return self._kind.from_pretrained(self.artifact.path, **options).eval()
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, AttributeError) as error:
             raise TargetError(f"transformers does not load {self.artifact.path}: {error}") from error
 
     @cached_property
@@ -176,6 +175,16 @@ def is_stack(layer: LayerPlan) -> bool:
 def _weight_name(layer: LayerPlan) -> str:
     parent, _, leaf = layer.path.rpartition(".")
     return f"{parent}.{STACKS[leaf]}" if leaf in STACKS else f"{layer.path}.weight"
+
+
+def _decompresses_at_once(plan: Plan) -> bool:
+    """Whether weights are decompressed as they are read, which transformers can where all are stored in one way.
+
+    On the first call, which is the default, compressed-tensors 0.20 makes no room for packed zero points, and models
+    that look at their weights while these are loaded find none.
+    """
+    formats = {plan.site(layer.weight).format for layer in plan.layers}
+    return len(formats) == 1 and all(layer.arithmetic == "weight_only" for layer in plan.layers)
 
 
 def why_not_run(plan: Plan) -> str:

@@ -185,7 +185,7 @@ $ python benchmarks/llm_zoo.py --write docs/zoo.md
 ```
 
 The models have 64 features and random weights, so that embeddings and heads are a large part of them, as they are not
-in models of a real size. {len(done)} come through. For {equal} the logits of the checkpoint that was written, loaded with
+in models of a real size. {len(done)} come through. For {equal} the logits of the written checkpoint, loaded with
 `from_pretrained` of transformers, are bit for bit those of the trained model. GPT-2 and gpt-oss store weights [in, out]
 and Granite MoE its experts in one tensor, which compressed-tensors does not pack: for these the converted model is
 compared.

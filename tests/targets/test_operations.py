@@ -1,14 +1,18 @@
 """Operations of a forward in ONNX Runtime: the kernels that were trained for, and their very codes."""
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import isogrid as ig
-from tests.models import prepared
+from isogrid.errors import CaptureError
+from tests.models import assert_equal, prepared
 from tests.planning.test_capture import Lambda
 from tests.targets.proving import all_integer, proven, stored
 
@@ -249,3 +253,56 @@ def test_zeros_that_are_padded_before_a_maximum_count(tmp_path: Path) -> None:
     model = Lambda(lambda m, x: m.b(F.max_pool2d(F.pad(m.a(x), (1, 1, 1, 1)), 3, 2)), **parts)
     operators = all_integer(model, (torch.randn(2, 2, 9, 9),), tmp_path)
     assert operators["Pad"] == 1 and operators["QLinearConv"] == 2
+
+
+class DenseBlock(nn.ModuleDict):
+    """As torchvision's: its children are its layers, and its forward joins what they make."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [x]
+        for layer in self.values():
+            found.append(layer(torch.cat(found, 1)))
+        return torch.cat(found, 1)
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + super().forward(x))
+
+
+def test_operations_in_the_forward_of_a_container(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    block = DenseBlock({"first": nn.Conv2d(4, 4, 3, padding=1), "second": nn.Conv2d(8, 4, 3, padding=1)})
+    residual = Residual(nn.Conv2d(12, 12, 1), nn.ReLU(), Residual(nn.Conv2d(12, 12, 1)))
+    model = Lambda(
+        lambda m, x: m.head(torch.add(y := m.features(m.stem(x)), y).mean((2, 3))),
+        stem=nn.Conv2d(3, 4, 3), features=nn.Sequential(block, residual), head=nn.Linear(12, 2),
+    )  # fmt: skip
+    operators = all_integer(model, (torch.randn(3, 3, 8, 8),), tmp_path)
+    assert operators["QLinearAdd"] == 3 and operators["QLinearConv"] == 5
+    assert (list(block), len(residual)) == (["first", "second"], 3)
+    for ready in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model.features))):
+        x = torch.randn(3, 4, 6, 6)
+        features = getattr(ready, "features", ready)
+        assert_equal(features(x), model.features(x))
+    assert {name for name, _ in model.named_modules()} >= {
+        "operations.sites.add", "operations.sites.features.0.concat_1", "operations.sites.features.1.add",
+        "operations.sites.features.1.2.add",
+    }  # fmt: skip
+
+
+def test_a_model_that_is_a_container_keeps_its_operations_float() -> None:
+    plan = ig.plan(Residual(nn.Conv2d(4, 4, 1)), scheme="w8a8", example_inputs=(torch.randn(3, 4, 8, 8),))
+    assert dict(plan.floats)["add"] == "in the forward of a Residual, whose children are its layers, and the model"
+
+
+def test_a_container_that_is_called_like_a_site_is_refused() -> None:
+    x = torch.randn(3, 4, 8, 8)
+    model = Lambda(
+        lambda m, x: m.head(m.add(x) + m.other(x)), add=Residual(nn.Conv2d(4, 4, 1)), other=nn.Conv2d(4, 4, 1)
+    )
+    model.head = nn.Conv2d(4, 4, 1)
+    before = set(model.state_dict())
+    with pytest.raises(CaptureError, match="'add' of a Lambda is called like"):
+        ig.prepare(model, ig.plan(model, scheme="w8a8", example_inputs=(x,)))
+    assert set(model.state_dict()) == before

@@ -262,14 +262,68 @@ def check_scope(module: nn.Module, has_sites: bool) -> None:
 def open_scope(module: nn.Module, scope: OperationScope) -> None:
     """Let a module's forward run inside a scope, which becomes its child `operations` if it has sites.
 
+    The sites of a container need a place elsewhere; see `house_sites`.
+
     Raises:
         CaptureError: the module has an attribute of this name, or a forward that is not its class's.
     """
-    check_scope(module, has_sites=len(scope.sites) > 0)
-    if len(scope.sites):
+    has_child = len(scope.sites) > 0 and not is_container(module)
+    check_scope(module, has_child)
+    if has_child:
         module.add_module(SCOPE_NAME, scope.train(module.training))
     object.__setattr__(module, _SCOPE, scope)
     module.forward = _bound(module)
+
+
+def host_of(model: nn.Module, path: str) -> str | None:
+    """The path of the module that has room for the sites of a container: the next one around it that is none.
+
+    >>> model = nn.Module()
+    >>> model.features = nn.Sequential(nn.ModuleDict())
+    >>> host_of(model, "features.0"), host_of(model.features, "0")
+    ('', None)
+    """
+    while path:
+        path = path.rpartition(".")[0]
+        if not is_container(model.get_submodule(path)):
+            return path
+    return None
+
+
+def check_house(host: nn.Module, path: str, sites: Iterable[str]) -> None:
+    """Raise CaptureError where `house_sites` could not do its work.
+
+    Args:
+        host, path: as there.
+        sites: names of those of the host's own forward.
+    """
+    check_scope(host, has_sites=True)
+    taken = [name for name in path.split(".") if hasattr(nn.ModuleDict, name)]
+    taken += [path.partition(".")[0]] if path.partition(".")[0] in sites else []
+    if taken:
+        raise CaptureError(
+            f"The child {path!r} of a {type(host).__name__} is called like something that Isogrid keeps there: "
+            f"{', '.join(taken)}. Rename it, or keep the operations of its forward in float by a rule."
+        )
+
+
+def house_sites(host: nn.Module, path: str, scope: OperationScope) -> None:
+    """Give the sites of a container's forward a place in a module around it, for its own children are its layers.
+
+    Args:
+        host: the module.
+        path: of the container, from there.
+        scope: of the container, opened; after that of the host, if it has one.
+    """
+    if SCOPE_NAME not in host._modules:
+        host.add_module(SCOPE_NAME, getattr(host, _SCOPE, OperationScope({})).train(host.training))
+    sites: Any = host.get_submodule(SCOPE_NAME).sites
+    for name in path.split("."):
+        if name not in sites:
+            sites[name] = nn.ModuleDict()
+        sites = sites[name]
+    sites.update(scope.sites.train(host.training))
+    scope.sites = sites
 
 
 _SCOPE = "_isogrid_scope"

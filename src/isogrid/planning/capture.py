@@ -23,6 +23,7 @@ from isogrid.layers.pooling import Pooling, pooling_of
 from isogrid.layers.scope import (
     KINDS,
     OPERATION_KINDS,
+    host_of,
     is_container,
     operands_of,
     part_prefix,
@@ -259,8 +260,8 @@ class _Recorder(TorchFunctionMode):
         if func in CLAMPS:
             clamp = None if reason else clamp_of(kind, *tensors_first(kind, args, kwargs))
             return _What("clamp", name, clamp=clamp) if clamp else _What("float", name, reason or "bounds are tensors")
-        if not reason and is_container(scope.module):
-            reason = f"in the forward of a {type(scope.module).__name__}, whose children are its layers"
+        if not reason and is_container(scope.module) and host_of(self.model, self.paths[scope.module]) is None:
+            reason = f"in the forward of a {type(scope.module).__name__}, whose children are its layers, and the model"
         kind = "float" if reason else KINDS.get(kind, kind)
         if kind != "average_pool":
             return _What(kind, name, reason)

@@ -37,7 +37,15 @@ from isogrid.layers.linear import QuantizedLinear
 from isogrid.layers.matmul import QuantizedMatmul
 from isogrid.layers.norm import QuantizedBatchNorm1d, QuantizedBatchNorm2d, QuantizedBatchNorm3d
 from isogrid.layers.own_forward import extended
-from isogrid.layers.scope import OperationScope, check_scope, open_scope
+from isogrid.layers.scope import (
+    OperationScope,
+    check_house,
+    check_scope,
+    host_of,
+    house_sites,
+    is_container,
+    open_scope,
+)
 from isogrid.layers.sites import QuantizedAveragePool, QuantizedConcat, QuantizedSite
 from isogrid.layers.weights import refresh_weights, weight_of
 from isogrid.layers.where import QuantizedWhere
@@ -141,7 +149,10 @@ class _Builder:
         refresh_weights(self.model)
         busy = {operation.scope for operation in self.plan.operations}
         for path in {*self.plan.scopes, *busy}:
-            check_scope(self._module(path), has_sites=path in busy)
+            has_sites = path in busy and not is_container(self._module(path))
+            check_scope(self._module(path), has_sites)
+            if path in busy and not has_sites:
+                self._check_house(path)
         for layer in self.plan.layers:
             self._check_layer(layer)
         for site in self.plan.sites:
@@ -151,6 +162,17 @@ class _Builder:
                 quantizer.to(weight.device).fit(weight)
             else:
                 quantizer.to(self.device)
+
+    def _check_house(self, path: str) -> None:
+        host, relative = self._house(path)
+        check_house(self._module(host), relative, [each.site for each in self.plan.operations if each.scope == host])
+
+    def _house(self, path: str) -> tuple[str, str]:
+        """The module that keeps the sites of a container, and the container's path from there."""
+        host = host_of(self.model, path)
+        if host is None:
+            raise PlanError(f"The plan has operations of {path!r}, where nothing can be kept. Plan this model anew.")
+        return host, path.removeprefix(f"{host}.")
 
     def _check_layer(self, layer: LayerPlan) -> None:
         module = self._module(layer.path)
@@ -196,10 +218,16 @@ class _Builder:
         for layer in self.plan.layers:
             self._configure(layer)
         told: set[tuple[str, ...]] = set()
+        scopes: dict[str, OperationScope] = {}
         for path, skipped in self.plan.scopes.items():
             products = {lent.product: lent.name for lent in self.plan.lent if lent.scope == path}
             floats = [name.rpartition(".")[2] for name, _ in self.plan.floats if name.rpartition(".")[0] == path]
-            open_scope(self._module(path), OperationScope(sites.get(path, {}), skipped, products, floats, told))
+            scopes[path] = OperationScope(sites.get(path, {}), skipped, products, floats, told)
+            open_scope(self._module(path), scopes[path])
+        for path, scope in scopes.items():
+            if len(scope.sites) and is_container(self._module(path)):
+                host, relative = self._house(path)
+                house_sites(self._module(host), relative, scope)
 
     @staticmethod
     def _replace(

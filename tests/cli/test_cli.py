@@ -27,7 +27,7 @@ training:
   steps: 3
   batch_size: 8
 """
-COMMANDS = ("quickstart", "run", "plan", "export", "verify", "inspect")
+COMMANDS = ("quickstart", "run", "plan", "search", "export", "verify", "inspect")
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,19 @@ def test_plan_shows_what_is_quantised_and_what_is_not(tmp_path: Path) -> None:
     plan = Plan.from_json(target.read_text())
     assert [name for name, _ in plan.floats] == ["4"]
     assert CliRunner().invoke(app, ["inspect", str(target)]).exit_code == 0
+
+
+def test_search_prints_rules_that_a_recipe_takes(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    text = RECIPE.replace('rules:\n  - match: "4"\n    keep: float\n', "")
+    recipe.write_text(text)
+    formats = ["--format", "int2/channel", "--format", "int8/channel"]
+    result = CliRunner().invoke(app, ["search", str(recipe), "--budget", "12", *formats])
+    assert result.exit_code == 0, result.output
+    recipe.write_text(text + result.output)
+    shown = CliRunner().invoke(app, ["plan", str(recipe)], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0, shown.output
+    assert "int8/channel" in shown.output and "int2/channel" in shown.output
 
 
 def test_verify_holds_and_writes_its_report(trained: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from isogrid.cli.inspect import inspect
 from isogrid.cli.plan import plan
 from isogrid.cli.quickstart import quickstart
 from isogrid.cli.run import run
+from isogrid.cli.search import search
 from isogrid.cli.verify import verify
 from isogrid.errors import IsogridError
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (quickstart, run, plan, export, verify, inspect):
+for command in (quickstart, run, plan, search, export, verify, inspect):
     app.command()(command)
 
 

@@ -1,7 +1,7 @@
 """How much faster integers are than float32 in the same runtime: both models in turns, in one run.
 
     python benchmarks/speed.py
-    python benchmarks/speed.py --targets onnxruntime executorch --threads 1 2 --rounds 50
+    python benchmarks/speed.py --targets onnxruntime openvino executorch litert --threads 1
 
 ResNet-18 and MobileNetV2, one image of 224x224, random weights. Wall time counts; where other work shares the
 processor, `--clock cpu` counts the time that this process got instead (one thread, ONNX Runtime).
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import isogrid as ig
 from isogrid.targets import target_from_name
+from isogrid.targets.lowering import lower_float
 from isogrid.targets.onnx_artifact import export_float
 from isogrid.targets.onnx_runtime_session import open_session
 from isogrid.targets.processors import adds_products_in_32_bits
@@ -80,22 +81,41 @@ def float_onnxruntime(model: nn.Module, x: Tensor, threads: int, folder: Path, c
     yield of_onnx(open_session(path, {}, threads), x, clock)
 
 
-@contextmanager
-def float_executorch(model: nn.Module, x: Tensor, threads: int, folder: Path, clock: str) -> Iterator[Measure]:
+def in_worker(runtime: str, suffix: str) -> Callable[..., Any]:
     """In a process of its own, as the quantised model is."""
-    worker = Worker("executorch")
+
+    @contextmanager
+    def opened(model: nn.Module, x: Tensor, threads: int, folder: Path, clock: str) -> Iterator[Measure]:
+        path = lower_float(model, (x,), folder / f"float{suffix}", runtime)
+        worker = Worker(runtime)
+        try:
+            worker.call("load", path=str(path), threads=threads)
+            yield lambda runs: list(worker.call("measure", {"0": x}, method="forward", runs=runs).value)
+        finally:
+            worker.close()
+
+    return opened
+
+
+@contextmanager
+def float_openvino(model: nn.Module, x: Tensor, threads: int, folder: Path, clock: str) -> Iterator[Measure]:
+    """In float32, as the quantised model's float parts are."""
+    path = export_float(model, (x,), folder / "float.onnx")
+    worker = Worker("openvino")
     try:
-        program = folder / "float.pt2"
-        torch.export.save(torch.export.export(model, (x,)), program)
-        path = str(folder / "float.pte")
-        worker.call("lower", programs={"forward": str(program)}, note="{}", path=path)
-        worker.call("load", path=path, threads=threads)
-        yield lambda runs: list(worker.call("measure", {"0": x}, method="forward", runs=runs).value)
+        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": str(threads)}
+        names = worker.call("load", path=str(path), options=options, observed=[], key="float").value["inputs"]
+        yield lambda runs: list(worker.call("measure", {names[0]: x}, key="float", runs=runs).value)
     finally:
         worker.close()
 
 
-FLOAT: dict[str, Callable[..., Any]] = {"onnxruntime": float_onnxruntime, "executorch": float_executorch}
+FLOAT: dict[str, Callable[..., Any]] = {
+    "onnxruntime": float_onnxruntime,
+    "openvino": float_openvino,
+    "executorch": in_worker("executorch", ".pte"),
+    "litert": in_worker("litert", ".tflite"),
+}
 """The float32 model in each runtime."""
 
 

@@ -5,12 +5,15 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 import isogrid as ig
 from isogrid.errors import TargetError
 from isogrid.targets.onnx_reading import OnnxGraph, nodes_of
+from isogrid.targets.onnx_stored import stored_parts
 from isogrid.targets.tensorrt_rules import lint
+from tests.models import train
 from tests.targets.residual_networks import INPUTS, residuals, trained
 
 
@@ -84,3 +87,37 @@ def test_its_plan_for_a_residual_network() -> None:
     plan = ig.plan(residuals(), target="tensorrt", scheme="w8a8", example_inputs=(INPUTS[:1],))
     assert {site.format for site in plan.sites if site.kind != "weight"} == {"int8/tensor"}
     assert [operation.kind for operation in plan.operations] == ["fused_add", "fused_add", "concat"]
+
+
+def linear_layers() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32, bias=False), nn.ReLU(), nn.Linear(32, 8))
+    return model, torch.randn(6, 5, 64)
+
+
+def test_fp8_weights_and_inputs_have_one_scale_each(tmp_path: Path) -> None:
+    model, x = linear_layers()
+    ig.prepare(model, ig.plan(model, target="tensorrt", scheme="fp8", example_inputs=(x,)))
+    ig.calibrate(model, [x])
+    train(model, (x,), steps=2, lr=1e-3)
+    artifact = ig.export(model.eval(), tmp_path / "model.onnx")
+    proto = onnx.load(artifact.path)
+    assert {finding.rule for finding in lint(proto)} <= {"half", "dynamic-shape"}
+    types = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+    assert types["0.weight_codes"] == types["2.weight_codes"] == onnx.TensorProto.FLOAT8E4M3FN
+    report = ig.verify(model, artifact, [x])
+    assert report, str(report)
+    replays = {check.name: check.max_difference for check in report.replays}
+    assert max(replays["0.output"], replays["2.output"]) <= 1e-6
+
+
+def test_nvfp4_weights_are_dequantised_in_two_steps(tmp_path: Path) -> None:
+    model, x = linear_layers()
+    ig.prepare(model, ig.plan(model, target="tensorrt", scheme="nvfp4a16", example_inputs=(x,)))
+    train(model, (x,), steps=2, lr=1e-3)
+    proto = onnx.load(ig.export(model.eval(), tmp_path / "model.onnx").path)
+    assert {finding.rule for finding in lint(proto)} <= {"half", "dynamic-shape"}
+    # ONNX Runtime has no FP4 on the CPU; ONNX's own reference does.
+    (y,) = ReferenceEvaluator(proto).run(None, {proto.graph.input[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=0, atol=2e-6)
+    assert stored_parts(proto)["0.weight"].equal(ig.convert(model)[0].codes)

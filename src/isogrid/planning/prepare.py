@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from isogrid.errors import NonFiniteError, PlanError
-from isogrid.formats import named_format
+from isogrid.formats import IntegerGrid, named_format
 from isogrid.layers.activation_sites import QuantizedActivation
 from isogrid.layers.batch_norm import AbsorbedBatchNorm1d, AbsorbedBatchNorm2d, AbsorbedBatchNorm3d
 from isogrid.layers.borrowed import BorrowedLinear, QuantizedBorrowedLinear
@@ -256,7 +256,7 @@ class _Builder:
         module.clamp = plan.clamp
         module.input_on_grid = plan.input.on_grid if plan.input is not None else False
         module.input_rule = None if plan.activation_rule is None else activation_rule(plan.activation_rule)
-        module.packs_nbits = kernels.packs_nbits
+        module.packs_nbits = kernels.packs_nbits and isinstance(module.weight_quantizer.format.grid, IntegerGrid)
         self._give(module, plan.path, "input_quantizer", plan.input.grid if plan.input is not None else None)
         self._give(module, plan.path, "output_quantizer", plan.output)
         norm: Any = self._module(plan.batch_norm) if plan.batch_norm is not None else None

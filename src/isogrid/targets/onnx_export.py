@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from isogrid.targets import onnx_stored
 from isogrid.targets.explaining import explained
 from isogrid.targets.onnx_graph import ONNX_RUNTIME_PASSES, Pass, finish
 from isogrid.targets.onnx_registry import registry_made_once
@@ -51,7 +52,7 @@ def to_onnx(
     shapes = pytree.tree_map(lambda x: {0: batch} if _has_batch(x) else None, example_inputs)
     if _takes_any_arguments(module):
         shapes = (shapes,)
-    with torch.no_grad(), _quiet(), registry_made_once(), explained(module):
+    with torch.no_grad(), _quiet(), registry_made_once(), explained(module), onnx_stored.stored_layers(module):
         program = torch.onnx.export(
             module,
             example_inputs,
@@ -60,7 +61,7 @@ def to_onnx(
             verbose=False,
             opset_version=OPSET_OF_INT2 if _has_two_bit_weights(module) else OPSET,
             dynamic_shapes=shapes if dynamic_batch else None,
-            custom_translation_table=TRANSLATIONS,
+            custom_translation_table={**TRANSLATIONS, **onnx_stored.TRANSLATIONS},
             input_names=input_names,
             output_names=output_names,
         )

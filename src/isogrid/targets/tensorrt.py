@@ -21,11 +21,14 @@ from isogrid.targets.onnx_passes import (
     store_float_biases,
 )
 from isogrid.targets.onnx_runtime_session import OPTIMIZATIONS
+from isogrid.targets.onnx_stored import write_stored_layers
 from isogrid.targets.tensorrt_model import TensorRtModel
 from isogrid.targets.tensorrt_placement import LEAST_GEMM
 from isogrid.targets.tensorrt_rules import INT4_BLOCKS, lint
 
 STATIC_KINDS = ("linear", "convolution", "add", "concat")
+FP8, NVFP4 = "fp8_e4m3/tensor", "nvfp4"
+FLOAT_WEIGHTS = (FP8, NVFP4)
 OPTIONS = {OPTIMIZATIONS: "none"}
 
 
@@ -46,12 +49,16 @@ class TensorRt:
         """Symmetric int8 activations; weights alone in INT4 blocks of 128."""
         if scheme.arithmetic == "static":
             return replace(scheme, activation="int8/tensor", least_product=LEAST_GEMM, keeps_heads=True)
+        if scheme.weight in FLOAT_WEIGHTS:
+            return replace(scheme, keeps_heads=True)
         return replace(scheme, weight="int4/group128") if scheme.weight == "int4/group32" else scheme
 
     def supports(self, call: Call, scheme: Scheme) -> str | None:
         """None where TensorRT runs the call quantised in this scheme; else why not."""
         if scheme.arithmetic == "dynamic":
             return "TensorRT quantises INT8 and INT4 with stored scales only"
+        if scheme.arithmetic == "float" and scheme.activation is None:
+            return "FP8 inputs have one stored scale in TensorRT; use the scheme fp8"
         if scheme.arithmetic == "static":
             return None if call.kind in STATIC_KINDS else f"{call.type} stays float, between quantised layers"
         return None if call.kind == "linear" else f"weights alone are those of linear layers, and this is {call.type}"
@@ -65,6 +72,10 @@ class TensorRt:
         grid, granularity = fmt.grid, fmt.granularity
         plain = fmt.scale is not None and fmt.scale.grid == NativeGrid(torch.float32)
         integer = isinstance(grid, IntegerGrid) and not grid.midrise and fmt.is_symmetric
+        if scheme.arithmetic == "float":
+            if str(fmt) != FP8:
+                raise TargetError(f"{call.name!r}: TensorRT multiplies FP8 weights and inputs as {FP8}, not {fmt}.")
+            return
         if kind == "activation":
             if not (grid == IntegerGrid(-128, 127) and isinstance(granularity, PerTensor) and integer):
                 raise TargetError(
@@ -79,10 +90,10 @@ class TensorRt:
                 )
         else:
             size = granularity.size if isinstance(granularity, PerGroup) and not granularity.pads else 0
-            if not (integer and grid.bits == 4 and size in INT4_BLOCKS and plain):
+            if str(fmt) != NVFP4 and not (integer and grid.bits == 4 and size in INT4_BLOCKS and plain):
                 raise TargetError(
                     f"{call.name!r}: TensorRT takes weights alone as INT4 in blocks of "
-                    f"{' or '.join(map(str, INT4_BLOCKS))}, not {fmt}. Use int4/group128."
+                    f"{' or '.join(map(str, INT4_BLOCKS))}, or as {NVFP4}, not {fmt}. Use int4/group128."
                 )
 
     def export(self, integer_model: nn.Module, plan: Plan, path: str | Path) -> Artifact:
@@ -91,7 +102,8 @@ class TensorRt:
         Raises:
             TargetError: the file breaks a rule; the message says which.
         """
-        passes = (dequantize_packed_weights, clamp_before_rounding, store_float_biases, drop_unused)
+        weights = (write_stored_layers, dequantize_packed_weights)
+        passes = (*weights, clamp_before_rounding, store_float_biases, drop_unused)
         return write_onnx(integer_model, plan, path, options=OPTIONS, passes=passes, check=_check_rules)
 
     def load(self, path: str | Path | Artifact, threads: int = 0) -> TensorRtModel:

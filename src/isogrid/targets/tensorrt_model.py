@@ -15,9 +15,12 @@ from isogrid.errors import TargetError
 from isogrid.targets.artifact import Artifact
 from isogrid.targets.onnx_reading import OnnxGraph, nodes_of, stored_tensors
 from isogrid.targets.onnx_runtime_session import open_session, quantized_tensors
+from isogrid.targets.onnx_stored import stored_parts
 from isogrid.targets.openvino_model import packed_layers, with_packed_weights
 from isogrid.targets.runtime import Observed, RuntimeOperator
 from isogrid.targets.tensorrt_placement import is_dequantized, weighted
+
+SMALL_FLOATS = (onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT4E2M1)
 
 
 class TensorRtModel:
@@ -40,7 +43,7 @@ class TensorRtModel:
 
     def observe(self, *inputs: Tensor) -> Observed:
         """Run with every quantised tensor, and every layer with packed weights, in view."""
-        codes, layers = quantized_tensors(self._file), packed_layers(self._file)
+        codes, layers = self._codes, self._layers
         wanted = dict.fromkeys([*self._output_names, *codes, *sum(layers.values(), ())])
         names = [name for name in wanted if name not in self.input_names]
         seen = self._run(self._observing, names, inputs)
@@ -50,7 +53,7 @@ class TensorRtModel:
 
     def stored(self) -> Mapping[str, Tensor]:
         """The tensors of the file; biases as the codes that they were, packed weights as layers pack them."""
-        found = with_packed_weights(stored_tensors(self.artifact.path), self._file)
+        found = with_packed_weights(stored_tensors(self.artifact.path), self._file) | stored_parts(self._file)
         for node in weighted(self._graph):
             makers = [self._graph.makers.get(self._graph.origin(name)) for name in node.input[:2]]
             if len(node.input) < 3 or any(m is None or m.op_type != "DequantizeLinear" for m in makers):
@@ -71,11 +74,34 @@ class TensorRtModel:
 
     def producers(self) -> Mapping[str, RuntimeOperator]:
         """For each quantised tensor, its QuantizeLinear."""
-        names = (node.output[0] for node in nodes_of(self._graph, "QuantizeLinear"))
-        return {name: RuntimeOperator(name, "QuantizeLinear", "integer") for name in names}
+        return {name: RuntimeOperator(name, "QuantizeLinear", "integer") for name in self._codes}
 
     def _is_integer(self, node: onnx.NodeProto) -> bool:
-        return all(is_dequantized(self._graph, name) for name in node.input[:2])
+        makers = [self._graph.makers.get(self._graph.origin(name)) for name in node.input[:2]]
+        return all(m is not None and is_dequantized(self._graph, m.output[0]) and self._has_codes(m) for m in makers)
+
+    def _has_codes(self, dequantize: onnx.NodeProto) -> bool:
+        return self._graph.type(dequantize.input[0]) not in SMALL_FLOATS
+
+    @cached_property
+    def _codes(self) -> list[str]:
+        """The quantised tensors; FP8 values are no codes."""
+        return [name for name in quantized_tensors(self._file) if self._graph.type(name) not in SMALL_FLOATS]
+
+    @cached_property
+    def _layers(self) -> dict[str, tuple[str, str]]:
+        """Input and output of the layers on weights in blocks or of small floats, by their names."""
+        found = packed_layers(self._file)
+        for node in nodes_of(self._graph, "MatMul"):
+            weight, x = (self._graph.makers.get(node.input[index]) for index in (1, 0))
+            if weight is None or self._has_codes(weight) or node.name in found:
+                continue
+            after = self._graph.sole_reader(node.output[0])
+            adds = after is not None and after.op_type == "Add" and self._graph.is_constant(after.input[1])
+            quantize = None if x is None or not x.input else self._graph.makers.get(x.input[0])
+            entering = node.input[0] if quantize is None else quantize.input[0]
+            found[node.name] = (entering, after.output[0] if adds and after is not None else node.output[0])
+        return found
 
     @cached_property
     def _file(self) -> onnx.ModelProto:
@@ -90,7 +116,7 @@ class TensorRtModel:
         """A session that also puts out what is computed on the way; nothing is fused, so that it computes the same."""
         model = onnx.ModelProto()
         model.CopyFrom(self._file)
-        wanted = [*quantized_tensors(model), *sum(packed_layers(model).values(), ())]
+        wanted = [*self._codes, *sum(self._layers.values(), ())]
         present = {value.name for value in (*model.graph.input, *model.graph.output)}
         model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in dict.fromkeys(wanted) if n not in present)
         with tempfile.TemporaryDirectory() as folder:

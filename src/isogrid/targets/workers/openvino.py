@@ -1,5 +1,6 @@
 """OpenVINO, in the process and environment that has it."""
 
+import time
 from typing import Any
 
 import openvino
@@ -52,3 +53,15 @@ def run(tensors: dict[str, torch.Tensor], key: str) -> tuple[None, dict[str, tor
     results = compiled({name: tensor.numpy() for name, tensor in tensors.items()})
     values = [results[output] for output in compiled.outputs]
     return None, {name: torch.from_numpy(value.copy()) for name, value in zip(names, values, strict=True)}
+
+
+def measure(tensors: dict[str, torch.Tensor], key: str, runs: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Seconds of each of some runs."""
+    request = _loaded[key][0].create_infer_request()
+    feeds = {name: tensor.numpy() for name, tensor in tensors.items()}
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        request.infer(feeds)
+        seconds.append(time.perf_counter() - start)
+    return seconds, {}

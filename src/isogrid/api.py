@@ -13,7 +13,6 @@ from isogrid.layers.bitnet import BitLinear as BitLinear
 from isogrid.planning import Plan, Rule, Scheme, scheme_from_name
 from isogrid.planning import adopt as adopt
 from isogrid.planning import convert as convert
-from isogrid.planning import prepare as prepare
 from isogrid.planning.arguments import arguments_of
 from isogrid.planning.capture import capture
 from isogrid.planning.exchange import apart
@@ -29,6 +28,7 @@ from isogrid.training import (
     TwoStages,
     calibrate,
     parameter_groups,
+    prepare,
     reestimate_batch_norm,
     restore,
     save,

@@ -1,5 +1,7 @@
 """Models of transformers as they come: what is particular in each of them, through the flow and back."""
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +88,19 @@ def test_conv1d_has_no_place_in_checkpoints_for_vllm() -> None:
     plan = ig.plan(built("GPT2"), "vllm", "w4a16", [rule], example_inputs=batch_for("GPT2"))
     floats = dict(plan.floats)
     assert not plan.layers and "Conv1D stores its weight [in, out]" in floats["transformer.h.0.attn.c_attn.linear"]
+
+
+@pytest.mark.parametrize("kind", ["Gemma2", "GptOss"])
+def test_save_pretrained_keeps_everything(kind: str, tmp_path: Path) -> None:
+    model, batch = built(kind), batch_for(kind)
+    ig.prepare(model, ig.plan(model, "pytorch", "w4a16", [RULE], example_inputs=batch))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    copy.deepcopy(model).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "isogrid"  # from_pretrained warns that it does not know it
+    again = ig.restore(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
+    assert not hasattr(model.config, "quantization_config")

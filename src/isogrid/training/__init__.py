@@ -3,8 +3,9 @@
 from isogrid.training.batch_norm import reestimate_batch_norm
 from isogrid.training.bitnet import to_bitnet
 from isogrid.training.calibration import calibrate
-from isogrid.training.checkpoint import load_training, restore, save, save_training
+from isogrid.training.checkpoint import load_training, save, save_training
 from isogrid.training.parameters import parameter_groups
+from isogrid.training.pretrained import prepare, restore
 from isogrid.training.schedule import Phase, Schedule, TwoStages
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "calibrate",
     "load_training",
     "parameter_groups",
+    "prepare",
     "reestimate_batch_norm",
     "restore",
     "save",

@@ -41,3 +41,25 @@ def test_integer_activations_are_refused(scheme):
     model, inputs = mlp()
     with pytest.raises(TargetError, match="weight-only scheme"):
         ig.to_torchao(prepared(model, inputs, scheme))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "weight", ["int4/group32:scale=bfloat16", "uint4/group32:scale=bfloat16", "int8/channel:scale=bfloat16"]
+)
+def test_weights_that_are_stored_for_other_targets(weight, dtype):
+    model, inputs = mlp()
+    model, inputs = model.to(dtype), tuple(x.to(dtype) for x in inputs)
+    rules = [ig.Rule(match="*", weight=weight)]
+    plan = ig.plan(model, "vllm", "w4a16", rules, example_inputs=inputs)
+    ig.prepare(model, plan).eval()
+    converted = ig.to_torchao(model)
+    assert type(converted[0].weight).__name__ == "IntxUnpackedToInt8Tensor"
+    assert torch.equal(converted(*inputs), ig.convert(model)(*inputs))
+
+
+def test_formats_that_torchao_has_not_are_refused():
+    model, inputs = mlp()
+    plan = ig.plan(model, "vllm", "mxfp4a16", example_inputs=inputs)
+    with pytest.raises(TargetError, match="stored as mxfp4, which torchao has no tensor for"):
+        ig.to_torchao(ig.prepare(model, plan))

@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 
 import isogrid as ig
 from isogrid.errors import TargetError
+from isogrid.recipes.language import built_in_model
 from isogrid.targets import gguf_tensors
 from isogrid.targets.gguf_export import write_float_gguf
 from isogrid.targets.llamacpp_model import LlamaFile
+from isogrid.targets.subprocesses import Worker
 from tests.targets.language_models import SPECIFIC, language_model, prepared_model, tokens
 
 pytestmark = pytest.mark.runtime("llamacpp")
@@ -56,6 +59,31 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     assert max(check.max_difference for check in products) <= 1e-6
     assert sum(check.differing for check in report.parameters) == 0
     assert all(check.holds for check in report.graph)
+
+
+def test_bitnet(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = built_in_model(layers=1, context=64, feed_forward=512, bitnet=True).eval()
+    with torch.no_grad():
+        expected = model(input_ids=tokens()).logits
+    file = LlamaFile(write_float_gguf(model, tmp_path / "float.gguf", type="F32"), threads=1)
+    assert (file(tokens()) - expected).abs().max() / expected.abs().max() < 3e-6  # sums in another order
+    plan = ig.plan(model, "llamacpp", "bitnet", example_inputs={"input_ids": tokens()})
+    ig.calibrate(ig.prepare(model, plan), [{"input_ids": tokens()}])
+    report = ig.verify(model, ig.export(model, tmp_path / "model.gguf"), [{"input_ids": tokens()}])
+    assert all(check.holds for check in (*report.parameters, *report.replays, *report.graph)), str(report)
+    products = [check for check in report.replays if check.name.endswith("_proj.output")]
+    assert len(products) == 7 and max(check.max_difference for check in products) <= 1e-6
+
+
+def test_the_usual_route(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = built_in_model(layers=1, context=64).eval()
+    path = write_float_gguf(model, tmp_path / "float.gguf", type="BF16")
+    files = {"path": str(path.resolve()), "output": str((tmp_path / "model.gguf").resolve())}
+    Worker("llamacpp").call("requantize", **files, kind="q4_0")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(files["output"]).tensors}
+    assert kinds["blk.0.ffn_down.weight"] == "Q4_0" and kinds["output.weight"] == "Q6_K"
 
 
 def test_speed_and_inputs_that_it_refuses(tmp_path: Path) -> None:

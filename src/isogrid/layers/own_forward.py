@@ -1,5 +1,6 @@
 """Quantised classes of a user's that extend a layer: their own forward runs, and its product is quantised."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar
 
@@ -57,13 +58,19 @@ class IntegerOwnForward(nn.Module):
 
     Attributes:
         own: the prepared layer, which is referred to for its attributes, not registered.
+        around: how the product is called, on its own input; what watches a layer takes its place.
     """
 
     own: nn.Module
 
+    @staticmethod
+    def around(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The product of x."""
+        return compute(x)
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         compute: Any = super().forward
-        return run(self.own, lambda product: compute(product.x), *args, **kwargs)  # type: ignore[no-any-return]
+        return run(self.own, lambda product: self.around(compute, product.x), *args, **kwargs)  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty_integer, (type(self).__bases__[1],), dict(self.__dict__)

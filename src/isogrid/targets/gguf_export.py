@@ -17,6 +17,7 @@ from isogrid.planning.plan import Plan
 from isogrid.targets.artifact import Artifact, versions_of, write_artifact
 from isogrid.targets.gguf_architectures import architecture_of, metadata_of, rotation_factors
 from isogrid.targets.gguf_base import replaced
+from isogrid.targets.gguf_bitnet import BITNET, is_bitnet, norms_of
 from isogrid.targets.gguf_tensors import Placed, placed
 from isogrid.targets.gguf_tokenizer import tokenizer_metadata
 from isogrid.targets.gguf_writing import Contents, float_tensors
@@ -66,7 +67,8 @@ def write_float_gguf(
 def direct(model: nn.Module, tokenizer: Any) -> tuple[Contents, list[Placed]]:
     """What the file of a model holds, of a family that is written directly, and its tensors."""
     config: Any = model.config
-    architecture = architecture_of(config)
+    bitnet = is_bitnet(model)
+    architecture = BITNET if bitnet else architecture_of(config)
     tensors = placed(model, architecture)
     contents = Contents(architecture.name)
     contents.metadata = {
@@ -74,7 +76,7 @@ def direct(model: nn.Module, tokenizer: Any) -> tuple[Contents, list[Placed]]:
         **metadata_of(config, architecture),
         **tokenizer_metadata(tokenizer, config.vocab_size),
     }
-    contents.tensors = float_tensors(rotation_factors(config))
+    contents.tensors = float_tensors(rotation_factors(config) | (norms_of(config) if bitnet else {}))
     contents.place(tensors)
     return contents, tensors
 

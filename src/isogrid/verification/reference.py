@@ -1,7 +1,7 @@
 """The reference at work: `convert(model)` with every quantised tensor and every packed layer in view."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from isogrid.layers.integer import IntegerLayer, PackedLinear
 from isogrid.layers.matmul import IntegerMatmul
+from isogrid.layers.own_forward import IntegerOwnForward
 from isogrid.layers.stored import StoredLinear
 from isogrid.planning.convert import watched
 from isogrid.verification.names import Names
@@ -73,11 +74,22 @@ def viewed(reference: nn.Module, view: View) -> Iterator[None]:
         if layer is None or not isinstance(module, Packed):
             return None
         layers.append(layer)
+        if isinstance(module, IntegerOwnForward):  # its forward makes the input of its product
+            return None
         return (view.entering(layer, args[0]), *args[1:])
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
         view.finished(output)
-        return view.leaving(layers.pop(), module, args[0], output) if isinstance(module, Packed) else None
+        if not isinstance(module, Packed):
+            return None
+        layer = layers.pop()
+        return None if isinstance(module, IntegerOwnForward) else view.leaving(layer, module, args[0], output)
+
+    def around(module: nn.Module, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if not isinstance(module, Packed):
+            return compute(x)
+        x = view.entering(layers[-1], x)
+        return view.leaving(layers[-1], module, x, compute(x))
 
     def watch(name: str, codes: Tensor) -> Tensor:
         count = calls[name.rpartition(".")[0]]
@@ -88,6 +100,9 @@ def viewed(reference: nn.Module, view: View) -> Iterator[None]:
         for path, module in reference.named_modules():
             stack.callback(module.register_forward_pre_hook(partial(enter, path)).remove)
             stack.callback(module.register_forward_hook(leave).remove)
+            if isinstance(module, IntegerOwnForward):
+                module.__dict__["around"] = partial(around, module)
+                stack.callback(module.__dict__.pop, "around")
         stack.enter_context(watched(reference, watch))
         stack.enter_context(sources)
         yield

@@ -90,6 +90,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --e
 	@$(INSTALL) '.[docs]'
 	@touch $@
 
+# llama.cpp is compiled, its CPU backend alone and for this processor; pip keeps the wheel in its cache.
+.venv-llamacpp/runtime: export CMAKE_ARGS = -DGGML_NATIVE=ON -DLLAVA_BUILD=OFF \
+  -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/constraints/llamacpp.cmake
+
 # torch first: without its constraint, what depends on it brings the CUDA build.
 .venv-%/runtime: constraints/%.txt pyproject.toml
 	$(PYTHON) -m venv --clear .venv-$*

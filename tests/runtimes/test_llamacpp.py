@@ -11,6 +11,7 @@ from isogrid.errors import TargetError
 from isogrid.recipes.language import built_in_model
 from isogrid.targets import gguf_tensors
 from isogrid.targets.gguf_export import write_float_gguf
+from isogrid.targets.gguf_requantizing import requantized
 from isogrid.targets.llamacpp_model import LlamaFile
 from isogrid.targets.subprocesses import Worker
 from tests.targets.language_models import SPECIFIC, language_model, prepared_model, tokens
@@ -97,3 +98,13 @@ def test_speed_and_inputs_that_it_refuses(tmp_path: Path) -> None:
         loaded(tokens() + 300)
     with pytest.raises(TargetError, match="takes tokens"):
         loaded(tokens().float())
+
+
+def test_the_usual_route_changes_codes(tmp_path: Path) -> None:
+    model = prepared_model("llama", "q4_0")
+    artifact = ig.export(model, tmp_path / "model.gguf")
+    usual = LlamaFile(requantized(artifact.path, tmp_path / "usual.gguf"))
+    with torch.no_grad():
+        trained = model(input_ids=tokens()).logits
+    ours, theirs = ((y - trained).abs().mean() for y in (ig.load(artifact.path)(tokens())[0], usual(tokens())))
+    assert ours < theirs / 10

@@ -2,13 +2,11 @@
 
 from typing import Any
 
-import pytest
 import torch
+import transformers
 from torch import nn
 
 import isogrid as ig
-
-transformers: Any = pytest.importorskip("transformers")
 
 VOCABULARY = 320
 SIZES: dict[str, Any] = {

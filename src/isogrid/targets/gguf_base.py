@@ -5,7 +5,7 @@ the converter's. How it rearranged a tensor is seen by comparing: of the ways it
 model's tensor next to the base's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +68,11 @@ def replaced(model: nn.Module, base: str | Path) -> tuple[Contents, list[Placed]
             shapes, other values; the message names the first tensor.
         NonFiniteError: a weight holds NaN or infinity.
     """
+    return replaced_tensors(tensors_of(model), model.config, base)
+
+
+def replaced_tensors(tensors: Iterable[Found], config: Any, base: str | Path) -> tuple[Contents, list[Placed]]:
+    """As `replaced`, of tensors that need not be a model's."""
     reader = open_gguf(base)
     architecture = architecture_in(reader)
     stored = {tensor.name: tensor for tensor in reader.tensors}
@@ -76,24 +81,29 @@ def replaced(model: nn.Module, base: str | Path) -> tuple[Contents, list[Placed]
             raise TargetError(
                 f"{base} is quantised: {tensor.name} is {tensor.tensor_type.name}. Give a base in F32, F16 or BF16."
             )
-    tensors = _matched(model, architecture, stored, Path(base))
-    contents = Contents(architecture)
+    matched = _matched(tensors, config, architecture, stored, Path(base))
+    contents = contents_of(reader)
+    contents.place(matched)
+    return contents, matched
+
+
+def contents_of(reader: gguf.GGUFReader) -> Contents:
+    """All that a file holds, to be written again."""
+    contents = Contents(architecture_in(reader))
     for key, field in reader.fields.items():
         if not key.startswith("GGUF.") and key not in OWN_KEYS:
             kinds = field.types
             contents.typed.append((key, field.contents(), kinds[0], kinds[1] if len(kinds) > 1 else None))
-    contents.tensors = {name: (np.asarray(tensor.data), tensor.tensor_type) for name, tensor in stored.items()}
-    contents.place(tensors)
-    return contents, tensors
+    contents.tensors = {tensor.name: (np.asarray(tensor.data), tensor.tensor_type) for tensor in reader.tensors}
+    return contents
 
 
 def _matched(
-    model: nn.Module, architecture: str, stored: dict[str, gguf.ReaderTensor], base: Path
+    tensors: Iterable[Found], config: Any, architecture: str, stored: dict[str, gguf.ReaderTensor], base: Path
 ) -> list[Placed]:
-    config: Any = model.config
     names = name_map(architecture, config.get_text_config().num_hidden_layers)
     result: dict[str, Placed] = {}
-    for found in tensors_of(model):
+    for found in tensors:
         for name, part in _places(found, names, stored):
             if name not in stored:
                 raise TargetError(f"{base} has no tensor {name} for {found.source}: it is of another model.")

@@ -191,6 +191,28 @@ def products(tensors: dict[str, torch.Tensor]) -> tuple[list[dict[str, Any]], di
     return watch.products, {}
 
 
+def quantize(
+    tensors: dict[str, torch.Tensor], types: dict[str, int]
+) -> tuple[None, dict[str, torch.Tensor]]:
+    """What ggml's own quantisers make of float32 matrices [rows, features]: uint8 [rows, bytes of a row].
+
+    Args:
+        tensors: by name.
+        types: ggml's number of the type for each.
+    """
+    _library.ggml_row_size.restype = _library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    results = {}
+    for name, tensor in tensors.items():
+        rows, features = tensor.shape
+        size = _library.ggml_row_size(ctypes.c_int(types[name]), ctypes.c_int64(features))
+        packed = torch.empty(rows, size, dtype=torch.uint8)
+        source, target = (ctypes.c_void_p(t.data_ptr()) for t in (tensor.contiguous(), packed))
+        sizes = (ctypes.c_int64(number) for number in (0, rows, features))
+        _library.ggml_quantize_chunk(ctypes.c_int(types[name]), source, target, *sizes, None)
+        results[name] = packed
+    return None, results
+
+
 def speed(
     tensors: dict[str, torch.Tensor], generated: int, runs: int
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:

@@ -11,6 +11,7 @@ from isogrid.cli.export import export
 from isogrid.cli.inspect import inspect
 from isogrid.cli.plan import plan
 from isogrid.cli.quickstart import quickstart
+from isogrid.cli.recover import recover
 from isogrid.cli.run import run
 from isogrid.cli.search import search
 from isogrid.cli.verify import verify
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (quickstart, run, plan, search, export, verify, inspect):
+for command in (quickstart, run, plan, search, export, verify, inspect, recover):
     app.command()(command)
 
 

@@ -1,0 +1,119 @@
+"""GGUF files hold what was trained, as the gguf package reads it; and errors say what to do."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import isogrid as ig
+from isogrid.errors import ArtifactError, CheckpointError, NonFiniteError, TargetError
+from isogrid.formats import named_format
+from isogrid.targets.gguf_base import float_values, open_gguf
+from isogrid.targets.gguf_export import write_float_gguf
+from isogrid.targets.gguf_recovery import write_recovered
+from isogrid.targets.gguf_tensors import RowOrder
+from isogrid.targets.recovery import checkpoint_tensors, recover
+from tests.targets.language_models import language_model, prepared_model
+
+
+def decoded(path: Path) -> dict[str, torch.Tensor]:
+    return {tensor.name: float_values(tensor) for tensor in open_gguf(path).tensors}
+
+
+@pytest.mark.parametrize("weight", ["q4_0", "q4_k", "tq2_0", "mxfp4"])
+def test_files_decode_to_the_trained_weights(weight: str, tmp_path: Path) -> None:
+    model = prepared_model("llama", weight)
+    stored = decoded(ig.export(model, tmp_path / "model.gguf").path)
+    integer = ig.convert(model)
+    for name, path in (("attn_v", "self_attn.v_proj"), ("ffn_down", "mlp.down_proj"), ("attn_q", "self_attn.q_proj")):
+        trained = integer.get_submodule(f"model.layers.1.{path}").weight
+        order = RowOrder(heads=4 if name == "attn_q" else 0)
+        assert torch.equal(stored[f"blk.1.{name}.weight"], order.of(trained))
+
+
+def test_a_base_gives_the_same_file(tmp_path: Path) -> None:
+    model = prepared_model("llama", "q4_0")
+    direct = decoded(ig.export(model, tmp_path / "direct.gguf").path)
+    base = write_float_gguf(language_model("llama"), tmp_path / "base.gguf", type="BF16")
+    replaced = decoded(ig.export(model, tmp_path / "replaced.gguf", base=base).path)
+    assert direct.keys() == replaced.keys()
+    assert all(torch.equal(direct[name], replaced[name]) for name in direct)
+
+
+def test_bases_of_other_models_are_refused(tmp_path: Path) -> None:
+    model = prepared_model("llama", "q4_0")
+    other = write_float_gguf(language_model("gpt2"), tmp_path / "gpt2.gguf", type="F16")
+    with pytest.raises(TargetError, match="of another model"):
+        ig.export(model, tmp_path / "model.gguf", base=other)
+    larger = write_float_gguf(language_model("llama", num_hidden_layers=3), tmp_path / "larger.gguf")
+    with pytest.raises(TargetError, match="of another model"):
+        ig.export(model, tmp_path / "model.gguf", base=larger)
+    quantised = ig.export(model, tmp_path / "quantised.gguf").path
+    with pytest.raises(TargetError, match="is quantised"):
+        ig.export(model, tmp_path / "model.gguf", base=quantised)
+    truncated = tmp_path / "truncated.gguf"
+    truncated.write_bytes(other.read_bytes()[:-10_000])
+    with pytest.raises(ArtifactError, match="truncated"):
+        ig.export(model, tmp_path / "model.gguf", base=truncated)
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_what_is_not_a_language_model_is_refused(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    ig.prepare(model, ig.plan(model, scheme="q8_0", example_inputs=(torch.zeros(1, 32),)))
+    with pytest.raises(TargetError, match="no config"):
+        ig.export(model, tmp_path / "model.gguf")
+    with pytest.raises(TargetError, match="takes tokenizer and base"):
+        ig.export(model, tmp_path / "model.gguf", vocabulary=None)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    model = language_model("llama")
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"model\.norm\.weight"):
+        write_float_gguf(model, tmp_path / "model.gguf")
+
+
+def test_recovered_checkpoints_keep_every_code(tmp_path: Path) -> None:
+    model = language_model("llama", attention_bias=False)
+    fmt = named_format("q4_0")
+    trained = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "proj" in name:
+                trained[name] = fmt.quantize(parameter)
+                parameter.copy_(trained[name].dequantize())
+    model.bfloat16().save_pretrained(tmp_path / "qat", max_shard_size="2MB")
+    assert len(list((tmp_path / "qat").glob("*.safetensors"))) > 1
+    found = {part.name: part for part in recover(checkpoint_tensors(tmp_path / "qat"), fmt)}
+    for name, quantized in trained.items():
+        part = found[name]
+        assert part.exact == part.blocks and part.weight is not None
+        assert torch.equal(part.weight.codes, quantized.codes)
+    assert found["lm_head.weight"].weight is None and found["lm_head.weight"].near == 0
+    base = write_float_gguf(model.float(), tmp_path / "base.gguf")
+    weights = {name: part.weight for name, part in found.items() if part.weight is not None}
+    write_recovered(tmp_path / "qat", weights, base, tmp_path / "out.gguf")
+    kinds = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    assert kinds["blk.0.attn_q.weight"] == gguf.GGMLQuantizationType.Q4_0
+    stored, name = decoded(tmp_path / "out.gguf"), "model.layers.0.self_attn.q_proj.weight"
+    written = stored["blk.0.attn_q.weight"].bfloat16()
+    assert torch.equal(written, RowOrder(heads=4).of(trained[name].dequantize()).bfloat16())
+    assert np.isfinite(stored["output.weight"].numpy()).all()
+
+
+def test_broken_checkpoints_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        list(checkpoint_tensors(tmp_path))
+    save_file({"w": torch.zeros(4, 32)}, tmp_path / "model.safetensors")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[:-8])
+    with pytest.raises(CheckpointError, match="truncated"):
+        list(checkpoint_tensors(tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-2.safetensors"}}')
+    with pytest.raises(CheckpointError, match="lacks 1 of 1 shards"):
+        list(checkpoint_tensors(tmp_path))

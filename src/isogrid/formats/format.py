@@ -249,7 +249,7 @@ def extremes_affine(rows: Tensor, fmt: Format) -> Affine:
     """
     grid = fmt.grid
     if fmt.is_symmetric:
-        reach, end = _bound(rows, grid), grid.highest if grid.highest > 0 else -grid.lowest
+        reach, end = _bound(rows, grid)
         if fmt.scale is not None and isinstance(fmt.scale.grid, ExponentGrid):
             return Affine(power_of_two_below(reach) / 2.0 ** (frexp(end)[1] - 1))
         return Affine(_divide(reach, end))
@@ -280,14 +280,13 @@ def _divide(x: Tensor, number: float) -> Tensor:
     return x / torch.full_like(x, number)
 
 
-def _bound(rows: Tensor, grid: Grid) -> Tensor:
-    """The magnitude [blocks] that a symmetric grid must reach: of both sides, or of its only side."""
+def _bound(rows: Tensor, grid: Grid) -> tuple[Tensor, float]:
+    """The magnitude [blocks] that an end of a symmetric grid must reach, and this end: the nearer, or the only one."""
     if grid.lowest >= 0:
-        return rows.amax(1).clamp(min=0.0)
+        return rows.amax(1).clamp(min=0.0), grid.highest
     if grid.highest <= 0:
-        return -rows.amin(1).clamp(max=0.0)
-    bound = rows.abs().amax(1)
-    return bound if grid.highest <= -grid.lowest else bound * (grid.highest / -grid.lowest)
+        return -rows.amin(1).clamp(max=0.0), -grid.lowest
+    return rows.abs().amax(1), min(grid.highest, -grid.lowest)
 
 
 def _fit(tensor: Tensor | None, scale: Tensor, scale_shape: Shape, name: str) -> Tensor:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import isogrid as ig
 from isogrid.errors import ArtifactError, CheckpointError, NonFiniteError, TargetError
@@ -15,6 +17,7 @@ from isogrid.targets.gguf_base import float_values, open_gguf
 from isogrid.targets.gguf_export import write_float_gguf
 from isogrid.targets.gguf_recovery import write_recovered
 from isogrid.targets.gguf_tensors import RowOrder
+from isogrid.targets.gguf_tokenizer import tokenizer_metadata
 from isogrid.targets.recovery import checkpoint_tensors, recover
 from tests.targets.language_models import language_model, prepared_model
 
@@ -117,3 +120,24 @@ def test_broken_checkpoints_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-2.safetensors"}}')
     with pytest.raises(CheckpointError, match="lacks 1 of 1 shards"):
         list(checkpoint_tensors(tmp_path))
+
+
+def test_tokenizers() -> None:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    backend.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 20], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    written = tokenizer_metadata(tokenizer, 320)
+    assert (written["tokenizer.ggml.model"], written["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    tokens = written["tokenizer.ggml.tokens"]
+    assert [tokens[number] for number in tokenizer("the quick")["input_ids"]] == tokenizer.tokenize("the quick")
+    assert (tokens[0], written["tokenizer.ggml.token_type"][0], tokens[319]) == ("<|end|>", 3, "[PAD319]")
+    assert written["tokenizer.ggml.eos_token_id"] == 0
+    with pytest.raises(TargetError, match="resize_token_embeddings"):
+        tokenizer_metadata(tokenizer, 200)
+    unigram = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("a", 0.0)])))
+    with pytest.raises(TargetError, match="does not know this tokenizer"):
+        tokenizer_metadata(unigram, 320)

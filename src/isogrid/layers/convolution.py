@@ -43,6 +43,8 @@ class QuantizedConvolution(QuantizedLayer):
         operation = self.operation
         assert isinstance(operation, ConvolutionOperation)
         edges = (self._reversed_padding_repeated_twice, self._pad_mode) if self.pads_beforehand else None
+        if self.arithmetic == "half":
+            return self.to_half(edges)
         return IntegerConvolution(operation, edges, *self.integer_parts())
 
     @property

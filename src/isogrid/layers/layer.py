@@ -12,15 +12,17 @@ from isogrid.layers.activation_rule import ActivationRule
 from isogrid.layers.batch_norm import AbsorbedBatchNorm
 from isogrid.layers.clamp import Clamp
 from isogrid.layers.folding import Folded, fold
+from isogrid.layers.half import Edges, HalfLayer, half_product
 from isogrid.layers.integer import StaticGrid
 from isogrid.layers.operations import BilinearOperation
 from isogrid.layers.static import Finish, static_operation
 from isogrid.layers.stored import StoredInput, StoredLinear, with_stored_sums
 from isogrid.layers.weights import weight_of
-from isogrid.quantizers import Operand, Quantizer, quantized_operation
+from isogrid.quantizers import Operand, Quantizer, fake_quantize, quantized_operation
 
-Arithmetic = Literal["static", "float"]
-"""`static`: whole codes are accumulated and rescaled once. `float`: floating point on dequantised operands."""
+Arithmetic = Literal["static", "float", "half"]
+"""`static`: whole codes are accumulated and rescaled once. `float`: floating point on dequantised operands. `half`:
+input, weight, bias and output are float16."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -98,6 +100,8 @@ class QuantizedLayer(nn.Module):
         if self.input_rule is not None and self.weight_quantizer.enabled:
             x_operand = self.input_rule.operand._replace(strength=self.weight_quantizer.strength_now)
         weight_operand = self.weight_quantizer.operand(weight)
+        if self.arithmetic == "half" and weight_operand is not None:
+            return half_product(operation, x, fake_quantize(weight, weight_operand), bias)
         if self._computes_static(x_operand, weight_operand):
             assert x_operand is not None and weight_operand is not None
             return self._static_forward(operation, x, weight, bias, x_operand, weight_operand)
@@ -208,6 +212,12 @@ class QuantizedLayer(nn.Module):
         quantizer = self.input_quantizer
         grid = None if quantizer is None else StoredInput(quantizer.format, quantizer.stored())
         return kind(self.weight_quantizer.quantize(weight), bias, self.input_rule, grid)
+
+    @torch.no_grad()
+    def to_half(self, edges: Edges | None = None) -> HalfLayer:
+        """The layer in float16."""
+        weight, bias = self.operands()
+        return HalfLayer(self.weight_quantizer.quantize(weight), bias, self.operation, edges)
 
     def _with_sign(self, operand: Operand) -> Operand:
         gain: Any = self.batch_norm.weight if self.batch_norm is not None else None

@@ -25,6 +25,8 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         return LinearOperation()
 
     def to_integer(self) -> nn.Module:
+        if self.arithmetic == "half":
+            return self.to_half()
         if self.arithmetic == "float":
             return self._packed() if self.packs_nbits else self._stored()
         parts = self.integer_parts()

@@ -21,6 +21,7 @@ from isogrid.planning.float_inputs import input_owners, input_sites
 from isogrid.planning.fused import fuse, fused_with, has_one_scale
 from isogrid.planning.graph import COMPUTING_KINDS, JOINING_KINDS, LAYER_KINDS, Call, Graph
 from isogrid.planning.grids import Grids, Owner
+from isogrid.planning.halves import asks_for_half, half_plans
 from isogrid.planning.mixtures import Assigned, assign
 from isogrid.planning.neighbours import neighbours_at_work
 from isogrid.planning.norms import as_convolutions, lone_norms
@@ -41,6 +42,7 @@ class Placement:
         strict: a format of the scheme that does not fit a weight is an error, also where another stands in for it.
         choices: what is quantised, by name.
         floats: what a rule or the target keeps in float, with the reason.
+        halves: what computes in float16 instead, with the reason.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class Placement:
     strict: bool = False
     choices: dict[str, Choice] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)
+    halves: dict[str, str] = field(default_factory=dict)
     _norms: set[str] = field(default_factory=set)
 
     def plan(self) -> Plan:
@@ -94,8 +97,10 @@ class Placement:
                 self.floats[name] = f"rule {rule.match!r}"
             elif rule is None and self.scheme.only not in (None, call.type):
                 self.floats[name] = f"scheme {self.scheme.name} is for {self.scheme.only} layers"
+            elif self._can_be_half(calls) and asks_for_half(rule):
+                self.halves[name] = f"rule {self.rules[index or 0].match!r}"
             elif why := self._why_float(calls):
-                self.floats[name] = why
+                self._keep(name, why)
                 if index is not None:  # a pattern may quantise what else it matches
                     refused.setdefault(index, f"asks to quantise {name!r}, but {why}. Keep it float")
                     continue
@@ -103,6 +108,14 @@ class Placement:
                 assigned = self._assigned.get(name, Assigned(self.scheme.weight))
                 self.choices[name] = choose(name, rule, self.scheme, assigned, self.strict)
             used.add(index)
+
+    def _keep(self, name: str, why: str) -> None:
+        (self.halves if self._can_be_half(self.graph.calls_of(name)) else self.floats)[name] = why
+
+    def _can_be_half(self, calls: Sequence[Call]) -> bool:
+        call = calls[0]
+        alike = all(other.kind == call.kind and len(other.inputs) == len(call.inputs) for other in calls)
+        return call.type in self.scheme.halves and alike and call.name not in self._apart
 
     def _why_float(self, calls: Sequence[Call]) -> str | None:
         call = calls[0]
@@ -226,7 +239,7 @@ class Placement:
         layers = [name for name in self.choices if self.graph.calls_of(name)[0].kind in ("linear", "convolution")]
         for name in layers:
             if (why := self._why_scheme_keeps(name)) and self.choices[name].reason == f"scheme {self.scheme.name}":
-                self.floats[name] = why
+                self._keep(name, why)
                 del self.choices[name]
         layers = [name for name in layers if name in self.choices]
         if self.scheme.first_and_last is not None and layers:
@@ -310,6 +323,8 @@ class Placement:
         operations: list[OperationPlan],
         chains: Mapping[str, Chain],
     ) -> Plan:
+        halves = half_plans(self.halves, {path: tuple(self._weight(path).shape) for path in self.halves})
+        sites, layers = [*sites, *halves[0]], [*layers, *halves[1]]
         absorbed = {call.name for chain in chains.values() for call in (*chain.norms, *chain.clamps)}
         planned = {layer.path for layer in layers} | {f"{o.scope}.{o.site}".lstrip(".") for o in operations}
         lent = tuple(each for each in self.graph.lent if each.path in planned)

@@ -62,7 +62,8 @@ class LayerPlan:
         output: the site that owns the grid of its output, or None for float outputs.
         batch_norm: path of the batch norm it absorbs; a batch norm that is a layer of its own absorbs itself.
         clamp: the ReLU, or other limit to its output, that it applies in place of the call that follows.
-        arithmetic: static, weight_only, dynamic, or float where it computes in float on a quantised input.
+        arithmetic: static, weight_only, dynamic, float where it computes in float on a quantised input, or half where
+            input, weight, bias and output are float16.
         activation_rule: what the runtime does to its input as it comes, a key of
             `isogrid.layers.dynamic.ACTIVATION_RULES`, or None.
     """

@@ -24,7 +24,7 @@ from isogrid.layers.embedding import QuantizedEmbedding, QuantizedEmbeddingBag, 
 from isogrid.layers.experts import BorrowedExperts, QuantizedExperts
 from isogrid.layers.intercept import own_class, parent_of
 from isogrid.layers.kernels import KERNELS
-from isogrid.layers.layer import QuantizedLayer, link, replacement
+from isogrid.layers.layer import Arithmetic, QuantizedLayer, link, replacement
 from isogrid.layers.lent import (
     BorrowedConv1d,
     BorrowedConv2d,
@@ -58,6 +58,13 @@ from isogrid.planning.state import add_state, is_prepared
 from isogrid.quantizers import Quantizer
 from isogrid.quantizers.estimators import estimator_from_name
 from isogrid.quantizers.ranges import range_from_name
+
+ARITHMETIC: dict[str, Arithmetic] = {
+    "static": "static",
+    "half": "half",
+    **dict.fromkeys(("weight_only", "dynamic", "float"), "float"),
+}
+"""What layers do, by what plans say."""
 
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QuantizedLinear,
@@ -252,7 +259,7 @@ class _Builder:
             module.keeps_format = not kernels.packs_nbits and not is_static
             return
         assert isinstance(module, QuantizedLayer)
-        module.arithmetic = "static" if plan.arithmetic == "static" else "float"
+        module.arithmetic = ARITHMETIC[plan.arithmetic]
         module.clamp = plan.clamp
         module.input_on_grid = plan.input.on_grid if plan.input is not None else False
         module.input_rule = None if plan.activation_rule is None else activation_rule(plan.activation_rule)

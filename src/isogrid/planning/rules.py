@@ -95,6 +95,7 @@ class Scheme:
         inputs: format of activations that no quantised layer has made, where it is another one.
         least_product: linear layers with fewer inputs or outputs stay float.
         keeps_heads: layers whose output leaves the model stay float.
+        halves: the classes of layers that compute in float16 where they would stay float.
         mixture: which layers take other formats than `weight`, a key of `isogrid.planning.mixtures.MIXTURES`.
         falls_back: rows that a format's blocks do not divide are stored in another one, as llama.cpp has it, instead of
             being an error.
@@ -116,6 +117,7 @@ class Scheme:
     inputs: str | None = None
     least_product: int = 0
     keeps_heads: bool = False
+    halves: frozenset[str] = frozenset()
     mixture: str | None = None
     falls_back: bool = False
     scale: ScaleChoice | None = None

@@ -29,6 +29,9 @@ from isogrid.targets.tensorrt_rules import INT4_BLOCKS, lint
 STATIC_KINDS = ("linear", "convolution", "add", "concat")
 FP8, NVFP4 = "fp8_e4m3/tensor", "nvfp4"
 FLOAT_WEIGHTS = (FP8, NVFP4)
+HALVES = frozenset({"Linear", "Conv1d", "Conv2d", "Conv3d"})
+"""What computes in float16 where it stays float: in a strongly typed network the types of the file are what runs."""
+
 OPTIONS = {OPTIMIZATIONS: "none"}
 
 
@@ -36,7 +39,7 @@ class TensorRt:
     """The target `tensorrt`: a strongly typed ONNX file with explicit Q/DQ.
 
     Inputs of convolutions and products are quantised, symmetric and without a zero point; a layer before an addition
-    ends in float, and the residual that is added is quantised; heads and small products stay float.
+    ends in float, and the residual that is added is quantised; heads and small products compute in float16.
     """
 
     name = "tensorrt"
@@ -46,7 +49,8 @@ class TensorRt:
     fuses_additions = True
 
     def scheme_for(self, scheme: Scheme) -> Scheme:
-        """Symmetric int8 activations; weights alone in INT4 blocks of 128."""
+        """Symmetric int8 activations; weights alone in INT4 blocks of 128; what stays float in float16."""
+        scheme = replace(scheme, halves=HALVES)
         if scheme.arithmetic == "static":
             return replace(scheme, activation="int8/tensor", least_product=LEAST_GEMM, keeps_heads=True)
         if scheme.weight in FLOAT_WEIGHTS:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from isogrid.errors import TargetError
 from isogrid.targets.artifact import Artifact
+from isogrid.targets.onnx_half import as_written, half_ends
 from isogrid.targets.onnx_reading import OnnxGraph, nodes_of, stored_tensors
 from isogrid.targets.onnx_runtime_session import open_session, quantized_tensors
 from isogrid.targets.onnx_stored import stored_parts
@@ -34,6 +35,8 @@ class TensorRtModel:
     def __init__(self, artifact: Artifact, threads: int = 0):
         self.artifact, self._threads = artifact, threads
         self._session = open_session(artifact.path, artifact.session_options, threads)
+        if half_ends(self._graph):
+            self._session = self._opened(as_written(self._file))
         self.input_names: list[str] = [entry.name for entry in self._session.get_inputs()]
         self._output_names: list[str] = [entry.name for entry in self._session.get_outputs()]
 
@@ -91,7 +94,7 @@ class TensorRtModel:
     @cached_property
     def _layers(self) -> dict[str, tuple[str, str]]:
         """Input and output of the layers on weights in blocks or of small floats, by their names."""
-        found = packed_layers(self._file)
+        found = packed_layers(self._file) | half_ends(self._graph)
         for node in nodes_of(self._graph, "MatMul"):
             weight, x = (self._graph.makers.get(node.input[index]) for index in (1, 0))
             if weight is None or self._has_codes(weight) or node.name in found:
@@ -114,13 +117,15 @@ class TensorRtModel:
     @cached_property
     def _observing(self) -> InferenceSession:
         """A session that also puts out what is computed on the way; nothing is fused, so that it computes the same."""
-        model = onnx.ModelProto()
-        model.CopyFrom(self._file)
+        model = as_written(self._file)
         wanted = [*self._codes, *sum(self._layers.values(), ())]
         present = {value.name for value in (*model.graph.input, *model.graph.output)}
         model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in dict.fromkeys(wanted) if n not in present)
+        return self._opened(model)
+
+    def _opened(self, model: onnx.ModelProto) -> InferenceSession:
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "observed.onnx")
+            path = Path(folder, "changed.onnx")
             onnx.save(model, path)
             return open_session(path, self.artifact.session_options, self._threads)
 

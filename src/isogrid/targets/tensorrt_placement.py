@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from onnx import NodeProto, TensorProto
 
 from isogrid.targets.findings import Finding
-from isogrid.targets.onnx_reading import MOVING_OPERATORS, OnnxGraph, attributes, node_name, nodes_of, type_name
+from isogrid.targets.onnx_reading import (
+    FLOAT_TYPES,
+    MOVING_OPERATORS,
+    OnnxGraph,
+    attributes,
+    node_name,
+    nodes_of,
+    type_name,
+)
 
 LEAST_GEMM = 16
 """A product with fewer inputs or outputs is faster in half precision."""
@@ -123,13 +131,20 @@ def _mixed(graph: OnnxGraph) -> Iterator[Finding]:
 def _casts(graph: OnnxGraph) -> Iterator[Finding]:
     for node in nodes_of(graph, "Cast"):
         before = graph.makers.get(graph.origin(node.input[0]))
-        after = [reader.op_type for reader in graph.readers.get(node.output[0], [])]
-        if before is not None and before.op_type == "DequantizeLinear" and any(kind in WEIGHTED for kind in after):
+        readers = graph.readers.get(node.output[0], [])
+        after = [reader.op_type for reader in readers]
+        products = [reader for reader in readers if reader.op_type in WEIGHTED and not _has_float_weight(graph, reader)]
+        if before is not None and before.op_type == "DequantizeLinear" and products:
             problem = "it stands between a DequantizeLinear and the product that reads it, which are then not fused"
             yield Finding("cast", "error", node_name(node), problem, "Store the scales in the type of the graph.")
         if "DequantizeLinear" in after and graph.is_constant(node.input[0]):
             problem = "it widens packed weights before they are dequantised"
             yield Finding("cast", "error", node_name(node), problem, "Dequantise INT4 in blocks, or store int8 codes.")
+
+
+def _has_float_weight(graph: OnnxGraph, node: NodeProto) -> bool:
+    """Whether a product's weight is stored in float, so that it computes in float whatever it reads."""
+    return graph.array(node.input[1]) is not None and graph.type(node.input[1]) in FLOAT_TYPES
 
 
 def _codes(graph: OnnxGraph) -> Iterator[Finding]:

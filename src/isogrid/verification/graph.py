@@ -9,7 +9,7 @@ from isogrid.verification.names import site_of
 from isogrid.verification.report import GraphCheck
 from isogrid.verification.survey import Work
 
-PLANNED = {"static": "integer", "dynamic": "integer", "weight_only": "float", "float": "float"}
+PLANNED = {"static": "integer", "dynamic": "integer", "weight_only": "float", "float": "float", "half": "float"}
 """In which arithmetic a layer multiplies, by what its plan says."""
 
 UNREAD = "nothing: no output depends on it"

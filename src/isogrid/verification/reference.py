@@ -4,12 +4,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from isogrid.layers.half import HalfLayer
 from isogrid.layers.integer import IntegerLayer, PackedLinear
 from isogrid.layers.matmul import IntegerMatmul
 from isogrid.layers.own_forward import IntegerOwnForward
@@ -17,10 +18,10 @@ from isogrid.layers.stored import StoredLinear
 from isogrid.planning.convert import watched
 from isogrid.verification.names import Names
 
-Packed = PackedLinear | StoredLinear
-"""Layers with packed weights, whose input and output a runtime shows."""
+Packed = PackedLinear | StoredLinear | HalfLayer
+"""Layers with packed or float16 weights, whose input and output a runtime shows."""
 
-LAYERS = (IntegerLayer, IntegerMatmul, PackedLinear, StoredLinear, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYERS = (IntegerLayer, IntegerMatmul, *get_args(Packed), nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Modules that multiply, and after which the runtime's operators are named."""
 
 

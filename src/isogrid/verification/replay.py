@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isogrid.layers.half import HalfLayer
 from isogrid.planning.values import tensors_in
 from isogrid.targets import Observed
 from isogrid.verification.names import site_of
@@ -20,6 +21,10 @@ RELATIVE_BOUND = 1e-6
 For a packed layer it is the share of the largest sum of magnitudes, sum |x| |w|: rounding errors go by the terms of a
 sum, not by what is left when they cancel. Measured on ONNX Runtime 1.31: up to 1.3e-7 for 256 to 16,384 terms.
 """
+
+HALF_BOUND = 1e-3
+"""A layer in float16 agrees to this share of its largest sum of magnitudes: one step of float16, 2**-10, in what it
+puts out. Sums are added up in an order of the runtime's own, and may be rounded to the neighbouring number."""
 
 
 class Replays:
@@ -129,13 +134,20 @@ class _Substitution(View):
         if name not in self.seen.layers:
             return y
         _, theirs = self.seen.layers[name]
-        self.replays._of_values(f"{name}.output", 1).add(theirs, y, _largest_sum(layer, x))
+        bound = HALF_BOUND if isinstance(layer, HalfLayer) else RELATIVE_BOUND
+        self.replays._of_values(f"{name}.output", bound / RELATIVE_BOUND).add(theirs, y, _largest_sum(layer, x))
         return theirs
 
 
 def _largest_sum(layer: Packed, x: Tensor) -> float:
     """The largest sum of magnitudes behind one output."""
-    return float(nn.functional.linear(x.abs().float(), layer.weight.abs().float()).nan_to_num(posinf=0.0).max())
+    x, weight = x.abs().float(), layer.weight.abs().float()
+    if isinstance(layer, HalfLayer):
+        bias = None if layer.bias is None else layer.bias.abs().float()
+        sums = layer.operation.forward(layer.padded(x), weight, bias)
+    else:
+        sums = nn.functional.linear(x, weight)
+    return float(sums.nan_to_num(posinf=0.0).max())
 
 
 def _alike(a: Quantization, b: Quantization) -> bool:

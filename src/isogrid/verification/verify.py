@@ -177,7 +177,8 @@ class _Verification:
 
 def code_bound(plan: Plan) -> float:
     """Share of the codes of one operation that may differ by one: none where all scales are powers of two."""
-    formats = (named_format(site.format) for site in plan.sites)
+    halves = {layer.weight for layer in plan.layers if layer.arithmetic == "half"}
+    formats = (named_format(site.format) for site in plan.sites if site.name not in halves)
     powers = all(fmt.scale is not None and isinstance(fmt.scale.grid, ExponentGrid) for fmt in formats)
     return 0.0 if powers else KERNELS[plan.kernels].code_bound
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isogrid.layers.half import HalfLayer
-from isogrid.layers.integer import IntegerLayer, PackedLinear
+from isogrid.layers.integer import IntegerLayer, PackedLinear, uncounted
 from isogrid.layers.matmul import IntegerMatmul
 from isogrid.layers.own_forward import IntegerOwnForward
 from isogrid.layers.stored import StoredLinear
@@ -77,20 +77,25 @@ def viewed(reference: nn.Module, view: View) -> Iterator[None]:
         layers.append(layer)
         if isinstance(module, IntegerOwnForward):  # its forward makes the input of its product
             return None
-        return (view.entering(layer, args[0]), *args[1:])
+        with uncounted():  # what a view computes is none of the model's calls
+            return (view.entering(layer, args[0]), *args[1:])
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
         view.finished(output)
         if not isinstance(module, Packed):
             return None
         layer = layers.pop()
-        return None if isinstance(module, IntegerOwnForward) else view.leaving(layer, module, args[0], output)
+        with uncounted():
+            return None if isinstance(module, IntegerOwnForward) else view.leaving(layer, module, args[0], output)
 
     def around(module: nn.Module, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if not isinstance(module, Packed):
             return compute(x)
-        x = view.entering(layers[-1], x)
-        return view.leaving(layers[-1], module, x, compute(x))
+        with uncounted():
+            x = view.entering(layers[-1], x)
+        y = compute(x)
+        with uncounted():
+            return view.leaving(layers[-1], module, x, y)
 
     def watch(name: str, codes: Tensor) -> Tensor:
         count = calls[name.rpartition(".")[0]]

@@ -107,21 +107,17 @@ def test_what_is_no_layer_stays_float_with_its_reason() -> None:
         def forward(self, input: Tensor) -> Tensor:
             return F.linear(input, self.weight * input.mean())
 
-    class Positions(nn.Embedding):
-        def forward(self, input: Tensor) -> Tensor:
-            return super().forward(input + 1)
-
     class Double(nn.Module):
         def forward(self, bias: Tensor) -> Tensor:
             return 2 * bias
 
     model = nn.Sequential(
-        Positions(9, 4), nn.Linear(4, 4), Doubled(4, 4), Twice(4, 4), Attends(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        nn.Embedding(9, 4), nn.Linear(4, 4), Doubled(4, 4), Twice(4, 4), Attends(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
     )
     register_parametrization(model[5], "bias", Double())
     plan = ig.plan(model, example_inputs=(torch.tensor([[1, 3]]),))
-    assert {layer.path for layer in plan.layers} == {"1", "6"}
+    assert {layer.path for layer in plan.layers} == {"0", "1", "6"}
     reasons = dict(plan.floats)
-    assert "may do something else" in reasons["0"] and "weight from the input" in reasons["4"]
+    assert "weight from the input" in reasons["4"]
     assert "is a property" in reasons["5"]
     assert all("more than one call of linear" in reasons[name] for name in "23")

@@ -19,6 +19,7 @@ from isogrid.layers.clamp import CLAMPS, Clamp, clamp_of
 from isogrid.layers.decompositions import DECOMPOSITIONS
 from isogrid.layers.intercept import probe
 from isogrid.layers.lent import FUNCTIONS, Lent, borrower, product_of
+from isogrid.layers.own_table import is_own_table, why_no_table
 from isogrid.layers.pooling import Pooling, pooling_of
 from isogrid.layers.scope import (
     KINDS,
@@ -300,11 +301,18 @@ class _Recorder(TorchFunctionMode):
                 self._record(_What("pass", None), stub, inputs, outputs, module)
             return aliased
         if self._unit is module:
-            found = probe(module, args, kwargs) if is_subclass_of_layer(module) else None
+            found = self._probe(module, args, kwargs) if is_subclass_of_layer(module) else None
             self._unit = None
             with torch._C.DisableTorchFunction():
                 self._record_module(module, (args, kwargs), result, found)
         return None
+
+    @staticmethod
+    def _probe(module: nn.Module, args: Any, kwargs: Any) -> tuple[str, Tensor | None]:
+        if is_own_table(module):
+            why = why_no_table(module, args, kwargs)
+            return why, None if why else next(iter(tensors_in((args, kwargs))))
+        return probe(module, args, kwargs)
 
     def _record_module(
         self, module: nn.Module, arguments: Any, result: Any, found: tuple[str, Tensor | None] | None

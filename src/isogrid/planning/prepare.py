@@ -37,6 +37,7 @@ from isogrid.layers.linear import QuantizedLinear
 from isogrid.layers.matmul import QuantizedMatmul
 from isogrid.layers.norm import QuantizedBatchNorm1d, QuantizedBatchNorm2d, QuantizedBatchNorm3d
 from isogrid.layers.own_forward import extended
+from isogrid.layers.own_table import extended_table, is_own_table
 from isogrid.layers.scope import (
     OperationScope,
     check_house,
@@ -185,7 +186,7 @@ class _Builder:
         module = self._module(layer.path)
         if layer.path == "":
             raise PlanError("A model that is itself one layer cannot be changed in place. Wrap it in nn.Sequential.")
-        kind = "own forward" if own_class(module) is not None else kind_of(module)
+        kind = "own forward" if own_class(module) is not None or is_own_table(module) else kind_of(module)
         if kind == "float" or (kind == "batch_norm" and layer.batch_norm != layer.path):
             raise PlanError(
                 f"The plan quantises {layer.path!r}, which is a {type(module).__name__}. Plan this model anew."
@@ -245,10 +246,7 @@ class _Builder:
     ) -> None:
         old = modules[path]
         if old not in made:
-            kind = layer_type(old) or parent_of(old)
-            assert kind is not None
-            new, own = table[kind], own_class(old)
-            made[old] = replacement(old, new if own is None else extended(new, own))
+            made[old] = replacement(old, _layer_class(old, table))
 
     def _configure(self, plan: LayerPlan) -> None:
         module: Any = self._module(plan.path)
@@ -299,6 +297,15 @@ class _Builder:
             return self.model.get_submodule(path)
         except AttributeError:
             raise PlanError(f"The plan names {path!r}, which this model does not have. Plan this model anew.") from None
+
+
+def _layer_class(module: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) -> type[nn.Module]:
+    if is_own_table(module):
+        return extended_table(type(module))
+    kind = layer_type(module) or parent_of(module)
+    assert kind is not None
+    own = own_class(module)
+    return table[kind] if own is None else extended(table[kind], own)
 
 
 def make_quantizer(site: Site) -> Quantizer:

@@ -65,9 +65,10 @@ class LlamaCpp:
         """None for linear layers and embeddings of tokens."""
         if call.name.rpartition(".")[2] in POSITIONS:
             return "llama.cpp keeps embeddings of positions and of token types in float"
-        if call.type == "Embedding" and ggml_name(named_format(scheme.weight)) == "nvfp4":
+        is_table = call.kind == "embedding" and call.type != "EmbeddingBag"
+        if is_table and ggml_name(named_format(scheme.weight)) == "nvfp4":
             return "NVFP4 has a scale of the whole tensor, and llama.cpp reads none for embeddings"
-        if call.kind == "linear" or call.type == "Embedding":
+        if call.kind == "linear" or is_table:
             return None
         return f"llama.cpp's block formats store linear layers and embeddings, and this is {call.type}"
 

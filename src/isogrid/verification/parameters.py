@@ -40,7 +40,8 @@ def _tensors(reference: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in reference.named_modules():
         if isinstance(module, IntegerModule | StoredInput | StoredWeight) or hasattr(module, "weight_scale"):
             for name, tensor in module.named_buffers(recurse=False):
-                yield f"{path}.{name}".lstrip("."), tensor
+                if name not in module._non_persistent_buffers_set:  # a constant of the user's class
+                    yield f"{path}.{name}".lstrip("."), tensor
 
 
 def _equal(value: Tensor, expected: Tensor) -> bool:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import isogrid as ig
 from isogrid.errors import PlanError
+from isogrid.report.building import layers
+from isogrid.report.figures import layer_figure
 from isogrid.targets.onnx_reading import OnnxGraph, nodes_of
 from isogrid.targets.tensorrt_rules import lint
 from isogrid.verification.replay import HALF_BOUND
@@ -116,6 +118,20 @@ def test_gradients_pass_the_rounding() -> None:
     assert torch.equal(head.weight.grad, torch.ones(4, 5) @ rounded)
     assert torch.equal(hidden.grad, torch.ones(5, 4) @ weight)
     assert torch.equal(head.bias.grad, torch.full((4,), 5.0))
+
+
+def test_reports_and_searches_know_them() -> None:
+    """float16 has too many values to draw a grid of; and which bits heads have is no question of a budget."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 10)), torch.randn(4, 32)
+    plan = ig.plan(model, target="tensorrt", scheme="w8a8", example_inputs=(x,))
+    found = ig.fit_types(model, plan, budget=6.0, formats=["int4/channel", "int8/channel"])
+    assert {rule.match for rule in found} == {"re:0", "re:2"}
+    ig.calibrate(ig.prepare(model, plan), [x])
+    head = layers(model)[-1]
+    assert (head.name, head.format, head.grid_values) == ("3", "float16", ())
+    assert layer_figure(head) is not None
+    assert "weight=float16, input=float16, output=float16" in str(model)
 
 
 def test_rules_decide() -> None:

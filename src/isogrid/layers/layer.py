@@ -232,7 +232,8 @@ class QuantizedLayer(nn.Module):
         parts = [super().extra_repr(), f"weight={self.weight_quantizer.format}"]
         for name in ("input", "output"):
             quantizer = getattr(self, f"{name}_quantizer")
-            parts.append(f"{name}={quantizer.format if quantizer is not None else 'float'}")
+            otherwise = "float16" if self.arithmetic == "half" else "float"
+            parts.append(f"{name}={quantizer.format if quantizer is not None else otherwise}")
         if self.clamp is not None:
             parts.append(str(self.clamp))
         return ", ".join(part for part in parts if part)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from isogrid.formats import NativeGrid
 from isogrid.layers.layer import QuantizedLayer
 from isogrid.layers.weights import weight_of
 from isogrid.planning.state import prepared_state, weight_quantizers
@@ -92,7 +93,8 @@ def layers(model: nn.Module) -> tuple[LayerStatistics, ...]:
         path = quantizer_path.rpartition(".")[0]
         weight = _stored_weight(model.get_submodule(path))
         fmt: Any = weight.format
-        grid = fmt.grid.values() if fmt.grid.dimension == 1 else []
+        is_listed = fmt.grid.dimension == 1 and not isinstance(fmt.grid, NativeGrid)
+        grid = fmt.grid.values() if is_listed else []
         parts = {"scale": weight.scale, "zero_point": weight.zero_point, "offset": weight.offset}
         found.append(layer_statistics(path, weight.original, weight.quantized, grid, str(fmt), **parts))
     return tuple(found)

@@ -64,7 +64,9 @@ def fit_types(
     if is_prepared(model):
         raise PlanError("The model is prepared already; fit types to the float model, then plan it with the rules.")
     known = {name: named_format(name) for name in names}
-    sites = [site for site in plan.sites if site.kind == "weight"]
+    layers = [layer for layer in plan.layers if layer.arithmetic != "half"]  # what stays float, as the plan has it
+    owners = {layer.weight for layer in layers}
+    sites = [site for site in plan.sites if site.name in owners]
     weights = [weight_of(model.get_submodule(site.name.removesuffix(".weight"))).detach() for site in sites]
     options = [
         _options(site, weight, known, (importance or {}).get(site.name, 1.0))
@@ -72,7 +74,7 @@ def fit_types(
     ]
     chosen = allocate(options, budget * sum(weight.numel() for weight in weights))
     by_site = {site.name: option.name for site, option in zip(sites, chosen, strict=True)}
-    return [Rule(match=_only(layer.path), weight=by_site[layer.weight]) for layer in plan.layers]
+    return [Rule(match=_only(layer.path), weight=by_site[layer.weight]) for layer in layers]
 
 
 def _options(site: Site, weight: Tensor, known: Mapping[str, Format], importance: float) -> list[Option]:

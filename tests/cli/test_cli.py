@@ -27,7 +27,7 @@ training:
   steps: 3
   batch_size: 8
 """
-COMMANDS = ("quickstart", "run", "plan", "search", "export", "verify", "inspect")
+COMMANDS = ("quickstart", "run", "plan", "search", "export", "verify", "inspect", "recover")
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,8 @@ class Tied(nn.Module):
         return self.head(self.up(self.embed(ids)))
 
 
-LLAMA_CPP = [name for name, scheme in SCHEMES.items() if scheme.target == "llamacpp"]
+LLAMA_CPP = [name for name, scheme in SCHEMES.items() if scheme.target == "llamacpp" and name != "nvfp4"]
+"""NVFP4 has a scale of the whole tensor, which llama.cpp does not read for embeddings."""
 
 
 @pytest.mark.parametrize("scheme", LLAMA_CPP)

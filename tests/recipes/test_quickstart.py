@@ -20,6 +20,7 @@ FIELDS = [
     "compared_codes",
     "logits_equal",
     "artifact",
+    "language",
 ]
 
 

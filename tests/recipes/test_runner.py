@@ -47,7 +47,7 @@ def recipe(folder: Path, text: str = RECIPE) -> Recipe:
 @pytest.fixture
 def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training alone: another test looks at what follows it."""
-    monkeypatch.setattr(runner, "_finish", lambda *arguments: RunResult((), None, Path()))
+    monkeypatch.setattr(runner, "finish", lambda *arguments: RunResult((), None, Path()))
 
 
 def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
@@ -70,7 +70,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was never stopped."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "_finish", lambda *arguments: RunResult((), None, Path()))
+        patch.setattr(runner, "finish", lambda *arguments: RunResult((), None, Path()))
         run(recipe(folder))
     return folder
 
@@ -142,7 +142,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(
     with pytest.raises(CheckpointError, match="No space left on device"):
         run(recipe(tmp_path / "full"))
     monkeypatch.undo()
-    monkeypatch.setattr(runner, "_finish", lambda *_: RunResult((), None, tmp_path))
+    monkeypatch.setattr(runner, "finish", lambda *_: RunResult((), None, tmp_path))
     assert json.loads((tmp_path / "full/checkpoint/checkpoint.json").read_text())["extra"] == {"step": 4}
     run(recipe(tmp_path / "full"), resume=True)
     assert scalars(tmp_path / "full", "loss") == scalars(whole, "loss")

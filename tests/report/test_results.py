@@ -21,6 +21,7 @@ FIELDS = [
     "compared_codes",
     "logits_equal",
     "artifact",
+    "language",
 ]
 
 

@@ -29,14 +29,16 @@ def test_finn_has_few_bits_unsigned_behind_relu_and_eight_at_the_ends(tmp_path: 
     proto = onnx.load(ig.export(model, tmp_path / "model.onnx").path)
     bits = bit_widths(proto)
     assert bits["stem.0.input"] == bits["stem.0.weight"] == bits["head.weight"] == (8, True)
-    assert bits["stem.0.output"] == bits["depthwise.0.output"] == bits["hidden.output"] == (4, False)
+    assert bits["depthwise.0.output"] == bits["hidden.output"] == (4, False)
     assert bits["operations.sites.add.output"] == (4, False)
-    assert bits["pointwise.0.output"] == bits["left.weight"] == (4, True)
+    # Both operands of a sum have one grid, and one of them is signed.
+    assert bits["stem.0.output"] == bits["pointwise.0.output"] == bits["left.weight"] == (4, True)
     kinds = {node.op_type for node in proto.graph.node}
     assert not kinds & {"QuantizeLinear", "DequantizeLinear"}
-    # Unsigned bits are a ReLU; the one that stays has a grid that it shares with a signed part of a concatenation.
+    # Unsigned bits are a ReLU; those that stay have a grid that they share with a signed operand.
     assert [node.output[0] for node in proto.graph.node if node.op_type == "Relu"] == [
-        "operations.sites.add_1.output_clamped"
+        "stem.0.output_clamped",
+        "operations.sites.add_1.output_clamped",
     ]
     assert {node.domain for node in proto.graph.node if node.op_type == "Quant"} == {DOMAIN}
 

@@ -16,13 +16,14 @@ INPUTS = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
 
 class Residual(nn.Module):
-    """Two blocks whose branches end in their ReLU, and a wider one."""
+    """Two blocks whose branches end in their ReLU, a wider one, and one whose branch is linear."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem, *self.branches = self._layer(3, 8), *(self._layer(8, 8) for _ in range(2))
         self.layers = nn.ModuleList(self.branches)
         self.down, self.beside = self._layer(8, 16, 2), self._layer(8, 16, 2)
+        self.linear = self._layer(16, 16)[:2]
         self.last, self.head = self._layer(16, 16), nn.Linear(16, 4)
 
     @staticmethod
@@ -38,6 +39,7 @@ class Residual(nn.Module):
         for layer in self.layers:
             x = x + layer(x)
         x = self.down(x) + self.beside(x)
+        x = x + self.linear(x)
         return self.head(self.last(x).mean((2, 3)))
 
 
@@ -62,9 +64,10 @@ def test_all_runtimes_compute_the_same_values() -> None:
 
 def test_sums_share_one_grid() -> None:
     plan = ig.plan(Residual(), scheme="portable", example_inputs=(INPUTS,))
-    first, second, wider = plan.operations
+    first, second, wider, linear = plan.operations
     assert first.output == second.output == first.inputs[0].grid == first.inputs[1].grid == second.inputs[1].grid
     assert wider.inputs[0].grid == wider.inputs[1].grid == wider.output != first.output
+    assert linear.inputs[0].grid == linear.inputs[1].grid == linear.output == wider.output
 
 
 def test_finn_has_the_operands_of_a_sum_on_one_grid_and_the_sum_on_its_own() -> None:

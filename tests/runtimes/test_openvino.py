@@ -8,7 +8,7 @@ from torch import nn
 
 import isogrid as ig
 from isogrid.errors import TargetError
-from tests.targets.residual_networks import INPUTS, trained
+from tests.targets.residual_networks import INPUTS, Portable, trained
 
 pytestmark = pytest.mark.runtime("openvino")
 
@@ -27,6 +27,24 @@ def test_no_code_differs_by_powers_of_two(tmp_path: Path) -> None:
         loaded = ig.load(artifact.path)
         assert torch.equal(loaded(INPUTS)[0], model(INPUTS))
         assert torch.equal(loaded.observe(INPUTS).outputs[0], model(INPUTS))
+
+
+@pytest.mark.parametrize(("channels", "kernel"), [(8, 1), (16, 3)])
+def test_portable_as_it_runs_and_not_only_as_it_is_observed(channels: int, kernel: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Portable(channels, kernel)
+    x = torch.randn(8, 3, 32, 32)
+    halves = [ig.Rule(match="*", weight="int4/channel:scale=e8m0")]  # few bits, so that many products end in .5
+    ig.prepare(model, ig.plan(model, "openvino", "portable", halves, example_inputs=(x,)))
+    ig.calibrate(model, [x]).eval()
+    artifact = ig.export(model, tmp_path / "model.onnx")
+    # Means of 256 codes by powers of two: exact in any order. With 8 channels results once changed from run to run.
+    loaded, expected = ig.load(artifact.path), ig.convert(model)(x)
+    for _ in range(4):
+        assert torch.equal(loaded(x)[0], expected)
+    report = ig.verify(model, artifact, [x])
+    assert report and report.differing_codes == 0, str(report)
+    assert {check.arithmetic for check in report.graph} == {"integer"}
 
 
 def test_other_scales_hold_their_bound(tmp_path: Path) -> None:

@@ -27,6 +27,26 @@ class Residuals(nn.Module):
         return self.head(F.relu(self.hidden(x.mean((2, 3)))))
 
 
+class Portable(nn.Module):
+    """Two convolutions with strides are added, one of them pointwise by default; the mean is what comes out.
+
+    Both branches end in a ReLU, a third one in no more than its convolution.
+    """
+
+    def __init__(self, channels: int, kernel: int = 1) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.ReLU())
+        self.picked = nn.Sequential(nn.Conv2d(channels, 16, kernel, stride=2, padding=kernel // 2), nn.ReLU())
+        self.branch = nn.Sequential(nn.Conv2d(channels, 16, 3, stride=2, padding=1), nn.ReLU())
+        self.last = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())
+        self.bottleneck = nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU6(), nn.Conv2d(32, 16, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.last(self.picked(x) + self.branch(x))
+        return (x + self.bottleneck(x)).mean((2, 3))
+
+
 INPUTS = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 
 

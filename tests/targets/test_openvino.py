@@ -15,8 +15,8 @@ from isogrid.formats.floats import ExponentGrid
 from isogrid.layers.integer import IntegerLayer
 from isogrid.planning.plan import Plan
 from isogrid.planning.state import quantizers
-from isogrid.targets.openvino_model import packed_layers, with_packed_weights
-from tests.targets.residual_networks import INPUTS, residuals, trained
+from isogrid.targets.openvino_model import packed_layers, product_layers, with_packed_weights
+from tests.targets.residual_networks import INPUTS, Portable, residuals, trained
 
 
 def run_as_written(path: Path, x: torch.Tensor) -> torch.Tensor:
@@ -63,6 +63,25 @@ def test_the_layer_before_an_addition_is_not_rounded() -> None:
     sums = [operation for operation in plan.operations if operation.kind == "fused_add"]
     assert [[feed is None for feed in operation.inputs] for operation in sums] == [[False, True], [True, False]]
     assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_the_scheme_portable_rounds_before_it_adds_and_picks_before_pointwise(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Portable(8)
+    plan = ig.plan(model, "openvino", "portable", example_inputs=(INPUTS,))
+    assert {operation.kind for operation in plan.operations} == {"add"}
+    ig.calibrate(ig.prepare(model, plan), [INPUTS]).eval()
+    artifact = ig.export(model, tmp_path / "model.onnx")
+    assert torch.equal(run_as_written(artifact.path, INPUTS), ig.convert(model)(INPUTS))
+    proto = onnx.load(artifact.path)
+    rounded = {node.output[0].removesuffix("_rounded") for node in proto.graph.node if node.op_type == "Round"}
+    added = {"picked.0.output", "branch.0.output", "last.0.output", "bottleneck.2.output"}
+    assert rounded == {"stem.0.input", *added}
+    (pool,) = (node for node in proto.graph.node if node.op_type == "MaxPool")
+    strides = {node.name: list(a.ints) for node in proto.graph.node for a in node.attribute if a.name == "strides"}
+    assert strides["picked.0"] == [1, 1] and strides["branch.0"] == [2, 2]
+    assert [a.ints for a in pool.attribute if a.name == "strides"] == [[2, 2]]
+    assert product_layers(proto)["picked.0.output_rounded"] == "picked.0"
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a16"])

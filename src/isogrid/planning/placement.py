@@ -153,7 +153,8 @@ class Placement:
     def _static_plan(self) -> Plan:
         self._choose_ends()
         neighbours = neighbours_at_work(self.graph, self.choices, self.target.float_endings)
-        fused = fused_additions(self.graph, neighbours.chains) if self.target.fuses_additions else {}
+        fuses = self.target.fuses_additions and self.scheme.sums != "all"
+        fused = fused_additions(self.graph, neighbours.chains) if fuses else {}
         grids = Grids(neighbours.with_floats(fused.values()), self.scheme.sums, self.scheme.pools_keep_grid)
         layers: list[LayerPlan] = []
         operations: list[OperationPlan] = []

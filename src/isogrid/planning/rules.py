@@ -102,7 +102,7 @@ class Scheme:
         scale, estimator, range: of weights, as in a Rule, where they are not the usual ones.
         only: the class of layers that it is made for; others are quantised by rules alone.
         sums: which values of a sum of two tensors share one grid: "inputs" the two of them, "all" their sum too, which
-            then needs no rounding; None leaves each its own.
+            then needs no rounding, and is fused with no layer; None leaves each its own.
         pools_keep_grid: averages over windows smaller than space lie on the grid of what they average.
     """
 

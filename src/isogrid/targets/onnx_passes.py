@@ -16,6 +16,8 @@ from isogrid.targets.onnx_nodes import initializer, insert, producer_of, unique
 Array = NDArray[Any]
 
 MOVING = {"Concat", "Flatten", "Identity", "Pad", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+CLAMPS = {"Relu", "Clip"}
+PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 
 def clamp_before_rounding(model: ir.Model) -> None:
@@ -56,11 +58,68 @@ def round_model_inputs(model: ir.Model) -> None:
     for quantize in list(model.graph):
         if quantize.op_type != "QuantizeLinear" or not _comes_from_input(quantize.inputs[0]):
             continue
-        x, scale = quantize.inputs[:2]
-        name = quantize.outputs[0].name
-        units = insert(model.graph, quantize, "Div", [x, scale], {}, f"{name}_units")
-        rounded = insert(model.graph, quantize, "Round", [units], {}, f"{name}_rounded")
-        quantize.replace_input_with(0, insert(model.graph, quantize, "Mul", [rounded, scale], {}, f"{name}_on_grid"))
+        _round_onto_grid(model.graph, quantize)
+
+
+def round_before_additions(model: ir.Model) -> None:
+    """Codes that a convolution or a linear layer makes for an addition are rounded by a Round of their own.
+
+    OpenVINO lets the product compute the addition too. It then takes QuantizeLinear's clamp and scale, but leaves
+    rounding to the storing of the sum; where the grids are the same that shows in every half: 1.5 + 1 is 2, not 3.
+    """
+    for quantize in list(model.graph):
+        if quantize.op_type != "QuantizeLinear" or not _is_product(quantize.inputs[0]):
+            continue
+        readers = [use.node for use in quantize.outputs[0].uses() if use.node.op_type == "DequantizeLinear"]
+        if any(use.node.op_type == "Add" for reader in readers for use in reader.outputs[0].uses()):
+            _round_onto_grid(model.graph, quantize)
+
+
+def pick_before_pointwise(model: ir.Model) -> None:
+    """A convolution of single places with strides becomes a MaxPool that picks these places, and one without strides.
+
+    oneDNN's kernels gather the places in a buffer that is too short for some numbers of channels, of codes for those
+    that 16 does not divide: threads overwrite what others have gathered, and results change from run to run.
+    """
+    for node in list(model.graph):
+        if node.op_type != "Conv":
+            continue
+        kernel = _stored_shape(node.inputs[1])[2:]
+        strides, pads = (node.attributes.get(name) for name in ("strides", "pads"))
+        if strides is None or max(strides.as_ints()) == 1 or set(kernel) != {1}:
+            continue
+        if pads is not None and any(pads.as_ints()):
+            continue
+        settings = {"kernel_shape": [1] * len(kernel), "strides": list(strides.as_ints())}
+        name = f"{node.outputs[0].name}_picked"
+        node.replace_input_with(0, insert(model.graph, node, "MaxPool", [node.inputs[0]], settings, name))
+        node.attributes["strides"] = ir.AttrInt64s("strides", [1] * len(kernel))
+
+
+def _stored_shape(value: ir.Value | None) -> tuple[int, ...]:
+    """The shape of a weight, stored as it is or as codes; empty where it is computed."""
+    node = None if value is None else value.producer()
+    if node is not None and node.op_type == "DequantizeLinear":
+        value = node.inputs[0]
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return () if tensor is None else tuple(tensor.numpy().shape)
+
+
+def _is_product(value: ir.Value | None) -> bool:
+    """Whether a convolution or a linear layer makes a value, clamped or not."""
+    node = None if value is None else value.producer()
+    if node is not None and node.op_type in CLAMPS and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node is not None and node.op_type in PRODUCTS
+
+
+def _round_onto_grid(graph: ir.Graph, quantize: ir.Node) -> None:
+    """Let a QuantizeLinear read values that lie on its grid already."""
+    x, scale = quantize.inputs[:2]
+    name = quantize.outputs[0].name
+    units = insert(graph, quantize, "Div", [x, scale], {}, f"{name}_units")
+    rounded = insert(graph, quantize, "Round", [units], {}, f"{name}_rounded")
+    quantize.replace_input_with(0, insert(graph, quantize, "Mul", [rounded, scale], {}, f"{name}_on_grid"))
 
 
 def _comes_from_input(value: ir.Value | None) -> bool:

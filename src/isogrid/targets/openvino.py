@@ -17,6 +17,8 @@ from isogrid.targets.onnx_passes import (
     clamp_before_rounding,
     dequantize_packed_weights,
     drop_unused,
+    pick_before_pointwise,
+    round_before_additions,
     round_model_inputs,
 )
 from isogrid.targets.openvino_model import OpenVinoModel
@@ -95,7 +97,14 @@ class OpenVino:
 
     def export(self, integer_model: nn.Module, plan: Plan, path: str | Path) -> Artifact:
         """Write an ONNX file with its sidecar `<path>.json`; OpenVINO is not needed for it."""
-        passes = (dequantize_packed_weights, clamp_before_rounding, round_model_inputs, drop_unused)
+        passes = (
+            dequantize_packed_weights,
+            clamp_before_rounding,
+            round_model_inputs,
+            round_before_additions,
+            pick_before_pointwise,
+            drop_unused,
+        )
         return write_onnx(integer_model, plan, path, options=OPTIONS, passes=passes)
 
     def load(self, path: str | Path | Artifact, threads: int = 0) -> OpenVinoModel:

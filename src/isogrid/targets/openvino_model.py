@@ -19,6 +19,7 @@ from isogrid.targets.subprocesses import Worker
 
 MULTIPLYING = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+FOLLOWING = ("Relu", "Clip", "Div", "Round", "Mul", "QuantizeLinear")
 INTEGERS = ("u8", "i8")
 OBSERVED_BOUND = 1e-2
 """Share of the largest output by which looking on may change one: float operations are fused otherwise then.
@@ -79,12 +80,7 @@ class OpenVinoModel:
 
     def multiplications(self) -> tuple[RuntimeOperator, ...]:
         """The operations that multiply and accumulate in the graph that OpenVINO runs on this machine."""
-        layers = {
-            name: node.name
-            for node in self._file.graph.node
-            for name in (node.name, *node.output)
-            if node.op_type in PRODUCTS
-        }
+        layers = product_layers(self._file)
         layers |= {y: layer for layer, (_, y) in packed_layers(self._file).items()}
         return tuple(
             _operator(next((layers[name] for name in map(_node_of, origins) if name in layers), ""), kind, precision)
@@ -134,6 +130,25 @@ def with_packed_weights(stored: Mapping[str, Tensor], model: onnx.ModelProto) ->
             packed = pack_matmul_nbits(codes.T.to(torch.int8).contiguous(), bits, _block(node))
             found[node.input[0].removesuffix("_codes")] = packed
             found[node.input[1].removesuffix("s")] = scales.T.contiguous()
+    return found
+
+
+def product_layers(model: onnx.ModelProto) -> dict[str, str]:
+    """The layer that each name in a file belongs to: of its product, and of what follows that up to its codes.
+
+    OpenVINO moves factors into a product and then calls it by none of its own names.
+    """
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found: dict[str, str] = {}
+    for layer in model.graph.node:
+        node = layer if layer.op_type in PRODUCTS else None
+        while node is not None:
+            found |= dict.fromkeys((node.name, *node.output), layer.name)
+            after = readers.get(node.output[0], [])
+            node = after[0] if len(after) == 1 and after[0].op_type in FOLLOWING else None
     return found
 
 

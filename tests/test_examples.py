@@ -34,4 +34,4 @@ def test_cifar10_gives_the_same_predictions_in_the_runtime(tmp_path: Path, capsy
     assert main(["--data", str(tmp_path), "--output", str(tmp_path / "out"), *small]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if "W4A8" in line and "onnxruntime" in line)
     assert [cell.strip() for cell in row.split("│")][4] == "0"
-    assert (tmp_path / "out" / "onnxruntime-W4A8.model").is_file()
+    assert (tmp_path / "out" / "resnet-onnxruntime-W4A8.model").is_file()

@@ -11,10 +11,10 @@ from isogrid.errors import MissingExtraError, PlanError, TargetError
 from isogrid.formats import Format, named_format
 from isogrid.layers.bitnet import BitLinear as BitLinear
 from isogrid.planning import Plan, Rule, Scheme, scheme_from_name
-from isogrid.planning import adopt as adopt
-from isogrid.planning import convert as convert
+from isogrid.planning.adopt import adopt as adopt
 from isogrid.planning.arguments import arguments_of
 from isogrid.planning.capture import capture
+from isogrid.planning.convert import convert as convert
 from isogrid.planning.exchange import apart
 from isogrid.planning.lending import lending
 from isogrid.planning.placement import Placement

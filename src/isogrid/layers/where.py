@@ -18,6 +18,7 @@ def operands(args: Sequence[Any]) -> list[Any]:
 def why_float(args: Sequence[Any]) -> str:
     """Why a call does more than to take codes of either side; empty where it does not.
 
+    >>> import torch
     >>> x = torch.ones(2)
     >>> why_float([x > 0, x, 0.0]), why_float([x > 0, x, 1.0])
     ('', 'where with 1.0, which need not lie on the grid of the rest')

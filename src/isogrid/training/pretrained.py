@@ -38,7 +38,8 @@ def prepare(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: the model is prepared already, or is not the one that was planned.
         NonFiniteError: a weight holds NaN or infinity.
         CaptureError: a module has something where the quantisers of its forward would go.
-        In each case the model is as it was.
+
+    In each case the model is as it was.
 
     >>> import isogrid as ig, torch
     >>> model = nn.Sequential(nn.Linear(4, 3))

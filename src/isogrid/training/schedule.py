@@ -37,6 +37,7 @@ class TwoStages:
         weight_decay: what the weight decay is multiplied by.
         at: share of all steps after which the second stage begins.
 
+    >>> import torch
     >>> parameter = nn.Parameter(torch.zeros(1))
     >>> optimizer = torch.optim.AdamW([parameter], lr=3e-3, weight_decay=0.1)
     >>> TwoStages().apply(optimizer, step=5, total_steps=10)

@@ -152,7 +152,10 @@ class Placement:
 
     def _static_plan(self) -> Plan:
         self._choose_ends()
-        neighbours = neighbours_at_work(self.graph, self.choices, self.target.float_endings)
+        # What every runtime has to compute alike must not depend on which kernels leave their output in float.
+        is_portable = self.scheme.sums == "all"
+        endings = frozenset() if is_portable else self.target.float_endings
+        neighbours = neighbours_at_work(self.graph, self.choices, endings)
         fuses = self.target.fuses_additions and self.scheme.sums != "all"
         fused = fused_additions(self.graph, neighbours.chains) if fuses else {}
         grids = Grids(neighbours.with_floats(fused.values()), self.scheme.sums, self.scheme.pools_keep_grid)

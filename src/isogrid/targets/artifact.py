@@ -192,6 +192,22 @@ def read_artifact(path: str | Path) -> Artifact:
         raise _corrupt(sidecar, error) from error
 
 
+def artifact_for(target: str, artifact: Artifact | str | Path) -> Artifact:
+    """The artefact, read and checked where a path is given.
+
+    Args:
+        target: the runtime that is to load it, by name.
+        artifact: or its path.
+
+    Raises:
+        ArtifactError: see `read_artifact`; or it was exported for another runtime.
+    """
+    found = artifact if isinstance(artifact, Artifact) else read_artifact(artifact)
+    if found.target != target:
+        raise ArtifactError(f"{found.path} is for {found.target}, not for {target}. Load it with isogrid.load(path).")
+    return found
+
+
 def _entry_of(path: Path) -> dict[str, Any] | None:
     """What the sidecar says about the file as it is; None where it says nothing about it."""
     sidecar = sidecar_path(path)

@@ -5,12 +5,11 @@ from pathlib import Path
 
 from torch import nn
 
-from isogrid.errors import ArtifactError
 from isogrid.formats import Format
 from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
 from isogrid.planning.rules import Scheme
-from isogrid.targets.artifact import Artifact, read_artifact
+from isogrid.targets.artifact import Artifact, artifact_for
 from isogrid.targets.lowering import lower
 from isogrid.targets.worker_model import Vocabulary, WorkerModel
 from isogrid.targets.xnnpack import (
@@ -107,9 +106,4 @@ class ExecuTorch:
             TargetError: ExecuTorch cannot load it.
             MissingExtraError: ExecuTorch is not installed.
         """
-        artifact = path if isinstance(path, Artifact) else read_artifact(path)
-        if artifact.target != self.name:
-            raise ArtifactError(
-                f"{artifact.path} is for {artifact.target}, not for {self.name}. Load it with isogrid.load(path)."
-            )
-        return WorkerModel(artifact, WORDS, threads)
+        return WorkerModel(artifact_for(self.name, path), WORDS, threads)

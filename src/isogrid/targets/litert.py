@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from isogrid.errors import ArtifactError
 from isogrid.formats import Format
 from isogrid.layers import arithmetic, xnnpack_kernels
 from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
 from isogrid.planning.rules import Scheme
-from isogrid.targets.artifact import Artifact, read_artifact
+from isogrid.targets.artifact import Artifact, artifact_for
 from isogrid.targets.lowering import lower
 from isogrid.targets.worker_model import Vocabulary, WorkerModel
 from isogrid.targets.xnnpack import check_static_format, check_steps, static_scheme, why_not_static
@@ -99,12 +98,7 @@ class LiteRT:
             TargetError: LiteRT cannot load it.
             MissingExtraError: LiteRT is not installed.
         """
-        artifact = path if isinstance(path, Artifact) else read_artifact(path)
-        if artifact.target != self.name:
-            raise ArtifactError(
-                f"{artifact.path} is for {artifact.target}, not for {self.name}. Load it with isogrid.load(path)."
-            )
-        return LiteRTModel(artifact, WORDS, threads)
+        return LiteRTModel(artifact_for(self.name, path), WORDS, threads)
 
 
 class LiteRTModel(WorkerModel):

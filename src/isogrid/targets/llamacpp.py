@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from isogrid.errors import ArtifactError, TargetError
+from isogrid.errors import TargetError
 from isogrid.formats import Format, named_format
 from isogrid.formats.ggml import ggml_name
 from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
 from isogrid.planning.rules import SCHEMES, Scheme
-from isogrid.targets.artifact import Artifact, read_artifact
+from isogrid.targets.artifact import Artifact, artifact_for
 from isogrid.targets.runtime import LoadedModel
 
 ACTIVATIONS = {
@@ -127,12 +127,7 @@ class LlamaCpp:
         """
         from isogrid.targets.llamacpp_model import LlamaCppModel
 
-        artifact = path if isinstance(path, Artifact) else read_artifact(path)
-        if artifact.target != self.name:
-            raise ArtifactError(
-                f"{artifact.path} is for {artifact.target}, not for {self.name}. Load it with isogrid.load(path)."
-            )
-        return LlamaCppModel(artifact, threads)
+        return LlamaCppModel(artifact_for(self.name, path), threads)
 
 
 def _name(fmt: Format) -> str | None:

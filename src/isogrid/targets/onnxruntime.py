@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from isogrid.errors import ArtifactError, TargetError
+from isogrid.errors import TargetError
 from isogrid.formats import (
     ExponentGrid,
     Format,
@@ -21,7 +21,7 @@ from isogrid.layers.nbits import BITS, BLOCKS, quantizes_input
 from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
 from isogrid.planning.rules import Scheme
-from isogrid.targets.artifact import Artifact, read_artifact
+from isogrid.targets.artifact import Artifact, artifact_for
 from isogrid.targets.onnx_artifact import write_onnx
 from isogrid.targets.onnx_graph import ONNX_RUNTIME_PASSES
 from isogrid.targets.onnx_runtime_session import STATIC_OPTIONS, WEIGHT_ONLY_OPTIONS
@@ -147,12 +147,7 @@ class OnnxRuntime:
             ArtifactError: the file or its sidecar is missing, corrupt or truncated.
             TargetError: ONNX Runtime cannot load it.
         """
-        artifact = path if isinstance(path, Artifact) else read_artifact(path)
-        if artifact.target != self.name:
-            raise ArtifactError(
-                f"{artifact.path} is for {artifact.target}, not for {self.name}. Load it with isogrid.load(path)."
-            )
-        return OnnxRuntimeModel(artifact, threads)
+        return OnnxRuntimeModel(artifact_for(self.name, path), threads)
 
 
 def session_options(plan: Plan) -> dict[str, str]:

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from isogrid.errors import ArtifactError, TargetError
+from isogrid.errors import TargetError
 from isogrid.formats import Format, IntegerGrid, NativeGrid, PerChannel, PerGroup, PerTensor
 from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
 from isogrid.planning.rules import Scheme
-from isogrid.targets.artifact import Artifact, read_artifact
+from isogrid.targets.artifact import Artifact, artifact_for
 from isogrid.targets.onnx_artifact import write_onnx
 from isogrid.targets.onnx_passes import (
     clamp_before_rounding,
@@ -115,9 +115,4 @@ class OpenVino:
             MissingExtraError: OpenVINO is not installed.
             TargetError: OpenVINO cannot load it.
         """
-        artifact = path if isinstance(path, Artifact) else read_artifact(path)
-        if artifact.target != self.name:
-            raise ArtifactError(
-                f"{artifact.path} is for {artifact.target}, not for {self.name}. Load it with isogrid.load(path)."
-            )
-        return OpenVinoModel(artifact, threads)
+        return OpenVinoModel(artifact_for(self.name, path), threads)

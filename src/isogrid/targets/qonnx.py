@@ -5,12 +5,12 @@ from pathlib import Path
 
 from torch import nn
 
-from isogrid.errors import ArtifactError, TargetError
+from isogrid.errors import TargetError
 from isogrid.formats import Format, IntegerGrid, PerChannel, PerTensor
 from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
 from isogrid.planning.rules import Scheme
-from isogrid.targets.artifact import Artifact, read_artifact
+from isogrid.targets.artifact import Artifact, artifact_for
 from isogrid.targets.onnx_artifact import write_onnx
 from isogrid.targets.onnx_passes import drop_unused
 from isogrid.targets.qonnx_model import QonnxModel
@@ -79,9 +79,4 @@ class Qonnx:
             ArtifactError: the file or its sidecar is missing, corrupt or truncated.
             MissingExtraError: qonnx is not installed.
         """
-        artifact = path if isinstance(path, Artifact) else read_artifact(path)
-        if artifact.target != self.name:
-            raise ArtifactError(
-                f"{artifact.path} is for {artifact.target}, not for {self.name}. Load it with isogrid.load(path)."
-            )
-        return QonnxModel(artifact)
+        return QonnxModel(artifact_for(self.name, path))

@@ -7,12 +7,12 @@ import onnx
 import torch
 from torch import nn
 
-from isogrid.errors import ArtifactError, TargetError
+from isogrid.errors import TargetError
 from isogrid.formats import Format, IntegerGrid, NativeGrid, PerChannel, PerGroup, PerTensor
 from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
 from isogrid.planning.rules import Scheme
-from isogrid.targets.artifact import Artifact, read_artifact
+from isogrid.targets.artifact import Artifact, artifact_for
 from isogrid.targets.onnx_artifact import write_onnx
 from isogrid.targets.onnx_passes import (
     clamp_before_rounding,
@@ -117,12 +117,7 @@ class TensorRt:
             ArtifactError: the file or its sidecar is missing, corrupt or truncated.
             TargetError: ONNX Runtime cannot load it.
         """
-        artifact = path if isinstance(path, Artifact) else read_artifact(path)
-        if artifact.target != self.name:
-            raise ArtifactError(
-                f"{artifact.path} is for {artifact.target}, not for {self.name}. Load it with isogrid.load(path)."
-            )
-        return TensorRtModel(artifact, threads)
+        return TensorRtModel(artifact_for(self.name, path), threads)
 
 
 def _check_rules(model: onnx.ModelProto) -> None:

@@ -15,7 +15,7 @@ from isogrid.layers.arithmetic import quantize_bias
 from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
 from isogrid.planning.rules import Scheme
-from isogrid.targets.artifact import Artifact, read_artifact, write_artifact
+from isogrid.targets.artifact import Artifact, artifact_for, write_artifact
 from isogrid.targets.batching import in_batches
 from isogrid.targets.decomposed import QUANTIZE, decompose
 from isogrid.targets.flat import flat_forward
@@ -91,11 +91,7 @@ class TorchExport:
         Raises:
             ArtifactError: the file or its sidecar is missing, corrupt or truncated.
         """
-        artifact = path if isinstance(path, Artifact) else read_artifact(path)
-        if artifact.target != self.name:
-            raise ArtifactError(
-                f"{artifact.path} is for {artifact.target}, not for {self.name}. Load it with isogrid.load(path)."
-            )
+        artifact = artifact_for(self.name, path)
         if threads:
             torch.set_num_threads(threads)
         return TorchExportModel(artifact)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from torch import nn
 
-from isogrid.errors import ArtifactError, TargetError
+from isogrid.errors import TargetError
 from isogrid.formats import Format, IntegerGrid, NativeGrid, PerChannel, PerGroup
 from isogrid.planning.fused import NVFP4
 from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
 from isogrid.planning.rules import SCHEMES, Scheme
-from isogrid.targets.artifact import Artifact, read_artifact
+from isogrid.targets.artifact import Artifact, artifact_for
 from isogrid.targets.compressed_tensors.checkpoint import CompressedModel
 from isogrid.targets.compressed_tensors.writing import write_checkpoint
 
@@ -122,12 +122,7 @@ class Vllm:
             ArtifactError: the folder, or a file of it, is missing, corrupt or truncated.
             MissingExtraError: transformers or compressed-tensors is not installed.
         """
-        artifact = path if isinstance(path, Artifact) else read_artifact(path)
-        if artifact.target != self.name:
-            raise ArtifactError(
-                f"{artifact.path} is for {artifact.target}, not for {self.name}. Load it with isogrid.load(path)."
-            )
-        return CompressedModel(artifact)
+        return CompressedModel(artifact_for(self.name, path))
 
 
 def _is_packed(fmt: Format) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from isogrid.errors import TargetError
-from isogrid.targets.dynamic_decomposed import dynamic_layers
+from isogrid.targets.dynamic_decomposed import dynamic_form
+from isogrid.targets.standing_in import standing_in
 
 isogrid: Any = torch.ops.isogrid
 aten: Any = torch.ops.aten
@@ -110,7 +111,7 @@ def decompose(
         TargetError: torch.export cannot trace the model, or one of its operators has no such form.
     """
     # In the functional form there is no writing in place and no dropout.
-    with dynamic_layers(integer_model):
+    with standing_in(integer_model, dynamic_form):
         functional = _exported(integer_model, example_inputs, dynamic_shapes).run_decompositions({})
     module = functional.module(check_guards=False)
     writer = _Writer(module, stored_as)

@@ -5,8 +5,6 @@ from themselves, and a weight of int8 or int4 codes that is dequantised by chann
 compute in torch itself is not what the kernel computes; `isogrid.layers.xnnpack_activations` is.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,20 +49,6 @@ class DynamicLinear(nn.Module):
         return F.linear(x, weight, self.get_buffer("bias") if self._buffers["bias"] is not None else None)
 
 
-@contextmanager
-def dynamic_layers(model: nn.Module) -> Iterator[None]:
-    """While open, the stored linear layers of a converted model are in decomposed operators."""
-    made: dict[nn.Module, nn.Module] = {}
-    places = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent._modules.items()
-        if isinstance(child, StoredLinear)
-    ]
-    for parent, name, child in places:
-        parent._modules[name] = made.setdefault(child, DynamicLinear(child)).eval()
-    try:
-        yield
-    finally:
-        for parent, name, child in places:
-            parent._modules[name] = child
+def dynamic_form(module: nn.Module) -> nn.Module | None:
+    """A stored linear layer in decomposed operators; None for other modules."""
+    return DynamicLinear(module) if isinstance(module, StoredLinear) else None

@@ -15,10 +15,11 @@ from torch.utils import _pytree as pytree
 from isogrid.targets import onnx_stored
 from isogrid.targets.explaining import explained
 from isogrid.targets.onnx_graph import ONNX_RUNTIME_PASSES, Pass, finish
-from isogrid.targets.onnx_half import half_layers
+from isogrid.targets.onnx_half import half_form
 from isogrid.targets.onnx_registry import registry_made_once
-from isogrid.targets.onnx_stored import stored_layers
+from isogrid.targets.onnx_stored import stored_form
 from isogrid.targets.onnx_translation import TRANSLATIONS
+from isogrid.targets.standing_in import standing_in
 
 OPSET = 21
 """Has INT4."""
@@ -54,7 +55,7 @@ def to_onnx(
     shapes = pytree.tree_map(lambda x: {0: batch} if _has_batch(x) else None, example_inputs)
     if _takes_any_arguments(module):
         shapes = (shapes,)
-    with torch.no_grad(), _quiet(), registry_made_once(), explained(module), _written(module):
+    with torch.no_grad(), _quiet(), registry_made_once(), explained(module), standing_in(module, _written_form):
         program = torch.onnx.export(
             module,
             example_inputs,
@@ -71,11 +72,9 @@ def to_onnx(
     return finish(program.model, passes, {path for path, _ in module.named_modules(remove_duplicate=False)})
 
 
-@contextmanager
-def _written(module: nn.Module) -> Iterator[None]:
-    """While open, layers whose arithmetic is plain PyTorch's stand as files write them."""
-    with stored_layers(module), half_layers(module):
-        yield
+def _written_form(module: nn.Module) -> nn.Module | None:
+    """What stands for a layer whose arithmetic is plain PyTorch's, as files write it."""
+    return stored_form(module) or half_form(module)
 
 
 def _takes_any_arguments(module: nn.Module) -> bool:

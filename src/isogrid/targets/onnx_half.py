@@ -1,8 +1,5 @@
 """Layers in float16 in ONNX files: Cast, the product on float16 operands, Cast."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import onnx
 import torch
 from onnx import NodeProto, TensorProto, helper
@@ -35,23 +32,9 @@ class _Exported(nn.Module):
         return rows.reshape(*x.shape[:-1], len(weight)).to(input.dtype)
 
 
-@contextmanager
-def half_layers(model: nn.Module) -> Iterator[None]:
-    """While open, the layers in float16 of a converted model compute with torch's operators on float16."""
-    places = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent._modules.items()
-        if isinstance(child, HalfLayer)
-    ]
-    made: dict[nn.Module, nn.Module] = {}
-    for parent, name, child in places:
-        parent._modules[name] = made.setdefault(child, _Exported(child).eval())
-    try:
-        yield
-    finally:
-        for parent, name, child in places:
-            parent._modules[name] = child
+def half_form(module: nn.Module) -> nn.Module | None:
+    """A layer in float16 with torch's operators on float16; None for other modules."""
+    return _Exported(module) if isinstance(module, HalfLayer) else None
 
 
 def half_ends(graph: OnnxGraph) -> dict[str, tuple[str, str]]:

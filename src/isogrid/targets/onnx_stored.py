@@ -9,8 +9,7 @@ The exporter writes one node of our own for each layer. Once the file is whole, 
 Weights are stored [in, out], as MatMul takes them.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -49,24 +48,12 @@ class _Exported(nn.Module):
         return torch.ops.isogrid.stored_linear(x, own["weight"], *scales, input_scale, own["bias"], self.kind)  # type: ignore[no-any-return]
 
 
-@contextmanager
-def stored_layers(model: nn.Module) -> Iterator[None]:
-    """While open, the FP8 and NVFP4 layers of a converted model are one operator each."""
-    places = [
-        (parent, name, child, kind)
-        for parent in model.modules()
-        for name, child in parent._modules.items()
-        for kind, fmt in FORMATS.items()
-        if isinstance(child, StoredLinear) and child.format == fmt
-    ]
-    made: dict[nn.Module, nn.Module] = {}
-    for parent, name, child, kind in places:
-        parent._modules[name] = made.setdefault(child, _Exported(child, kind).eval())
-    try:
-        yield
-    finally:
-        for parent, name, child, _ in places:
-            parent._modules[name] = child
+def stored_form(module: nn.Module) -> nn.Module | None:
+    """An FP8 or NVFP4 layer as one operator; None for other modules."""
+    if not isinstance(module, StoredLinear):
+        return None
+    kind = next((kind for kind, fmt in FORMATS.items() if module.format == fmt), None)
+    return None if kind is None else _Exported(module, kind)
 
 
 @custom_op("isogrid::stored_linear", mutates_args=())
@@ -80,26 +67,17 @@ def stored_linear(
     kind: str,
 ) -> Tensor:
     """A linear layer, x [..., in] to [..., out], on weight codes uint8 [out, in] of small floats."""
-    grids = {"fp8": named_format("fp8_e4m3/tensor").grid, "nvfp4": named_format("fp4_e2m1/tensor").grid}
-    values_ = grids[kind].decode(weight, None)
+    values_, fp8 = FORMATS[kind].grid.decode(weight, None), FORMATS["fp8"].grid
     if scale_scale is not None:
-        scale = grids["fp8"].decode(scale, None) * scale_scale
+        scale = fp8.decode(scale, None) * scale_scale
     wide = scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1)
     if input_scale is not None:
-        x = grids["fp8"].nearest(x / input_scale, None) * input_scale
+        x = fp8.nearest(x / input_scale, None) * input_scale
     return nn.functional.linear(x, values_ * wide, bias)
 
 
 @stored_linear.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    scale_scale: Tensor | None,
-    input_scale: Tensor | None,
-    bias: Tensor | None,
-    kind: str,
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

@@ -17,7 +17,8 @@ from isogrid.planning.plan import Plan
 from isogrid.planning.rules import Scheme
 from isogrid.targets.artifact import Artifact, artifact_for, write_artifact
 from isogrid.targets.batching import in_batches
-from isogrid.targets.decomposed import QUANTIZE, decompose
+from isogrid.targets.decomposed import decompose
+from isogrid.targets.decomposed_writer import QUANTIZE
 from isogrid.targets.flat import flat_forward
 from isogrid.targets.runtime import Observed, RuntimeOperator
 from isogrid.targets.xnnpack import check_static_format

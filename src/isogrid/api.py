@@ -184,6 +184,7 @@ __all__ = [
     "Schedule",
     "TwoStages",
     "VerificationReport",
+    "adopt",
     "calibrate",
     "convert",
     "export",

@@ -109,6 +109,7 @@ _BLOCK_FORMATS: dict[str, Callable[[], Format]] = {
     "e8p": lambda: Format(e8p_grid(), PerTensor(), FLOAT32),
 }
 
+
 def nvfp4_on(global_scale: float) -> Format:
     """NVFP4 with a given scale of scales.
 

@@ -156,7 +156,7 @@ class Placement:
         is_portable = self.scheme.sums == "all"
         endings = frozenset() if is_portable else self.target.float_endings
         neighbours = neighbours_at_work(self.graph, self.choices, endings)
-        fuses = self.target.fuses_additions and self.scheme.sums != "all"
+        fuses = self.target.fuses_additions and not is_portable
         fused = fused_additions(self.graph, neighbours.chains) if fuses else {}
         grids = Grids(neighbours.with_floats(fused.values()), self.scheme.sums, self.scheme.pools_keep_grid)
         layers: list[LayerPlan] = []

@@ -107,26 +107,7 @@ OPERATIONS: dict[str, type[QuantizedSite]] = {
 
 
 def prepare(model: nn.Module, plan: Plan) -> nn.Module:
-    """Make a model train on a plan's grids; works in place and returns the model.
-
-    Layers become Isogrid layers under their own names, so that float parameters keep their places in the
-    state_dict. Weights get their ranges here; activations get theirs from `isogrid.calibrate`.
-
-    Args:
-        model: the model that the plan was made for.
-        plan: of `isogrid.plan`.
-
-    Raises:
-        PlanError: the model is prepared already, or is not the one that was planned.
-        NonFiniteError: a weight holds NaN or infinity.
-        CaptureError: a module has something where the quantisers of its forward would go.
-        In each case the model is as it was.
-
-    >>> import isogrid as ig
-    >>> model = nn.Sequential(nn.Linear(4, 3))
-    >>> print(type(ig.prepare(model, ig.plan(model, scheme="w8a8", example_inputs=(torch.zeros(1, 4),)))[0]).__name__)
-    QuantizedLinear
-    """
+    """`isogrid.prepare` for any module, whatever library it is of; see there."""
     if is_prepared(model):
         raise PlanError("The model is prepared already. Start from a float model, or change the plan before prepare.")
     whole = take_apart(model, plan.apart)

@@ -50,11 +50,7 @@ def results_table(rows: Sequence[ResultRow]) -> Table:
     """
     if any(row.language is not None for row in rows):
         return _language_table(rows)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True, header_style="bold")
-    table.add_column("model")
-    table.add_column("method")
-    for label in ("accuracy\n%", "size\n", "latency\nms", "vs\nfloat", "differing\n/ compared"):
-        table.add_column(label, justify="right")
+    table = _table("accuracy\n%", "size\n", "latency\nms", "vs\nfloat", "differing\n/ compared")
     table.add_column("logits\nequal")
     for row in rows:
         table.add_row(
@@ -70,13 +66,21 @@ def results_table(rows: Sequence[ResultRow]) -> Table:
     return table
 
 
-def _language_table(rows: Sequence[ResultRow]) -> Table:
-    """The rows of language models."""
+def _table(*figures: str) -> Table:
+    """Without rows: model, method and columns of figures."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True, header_style="bold")
     table.add_column("model")
     table.add_column("method")
-    for label in ("perplexity\n[95 %]", "as\ntrained", "agree\n%", "size\n", "prompt\ntokens/s", "decoding\ntokens/s"):
+    for label in figures:
         table.add_column(label, justify="right")
+    return table
+
+
+def _language_table(rows: Sequence[ResultRow]) -> Table:
+    """The rows of language models."""
+    table = _table(
+        "perplexity\n[95 %]", "as\ntrained", "agree\n%", "size\n", "prompt\ntokens/s", "decoding\ntokens/s"
+    )
     for row in rows:
         found = row.language
         if found is not None:

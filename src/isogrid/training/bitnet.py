@@ -10,6 +10,7 @@ from torch import nn
 
 from isogrid.errors import PlanError
 from isogrid.layers.bitnet import BitLinear
+from isogrid.layers.layer import replacement
 from isogrid.planning.state import is_prepared
 
 PRE_NORMS = {
@@ -59,7 +60,9 @@ def to_bitnet(model: nn.Module, skip: Sequence[str] = ("lm_head",)) -> nn.Module
         _check_readers(block, readers, linears)
         eps = _leave_out(model, name, [linears[f"{block}.{reader}"] for reader in readers])
     for name, linear in linears.items():
-        _set(model, name, _bit_linear(linear, eps))
+        bit_linear = replacement(linear, BitLinear)
+        bit_linear.eps = eps
+        _set(model, name, bit_linear)
     return model
 
 
@@ -84,13 +87,6 @@ def _leave_out(model: nn.Module, name: str, readers: Sequence[nn.Linear]) -> flo
         reader.weight.mul_(norm.weight.to(reader.weight.dtype))
     _set(model, name, nn.Identity())
     return float(eps)
-
-
-def _bit_linear(linear: nn.Linear, eps: float) -> BitLinear:
-    new = BitLinear.__new__(BitLinear)
-    new.__dict__.update(linear.__dict__)
-    new.eps = eps
-    return new
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:

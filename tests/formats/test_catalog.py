@@ -30,7 +30,8 @@ BITS_PER_VALUE = {
     "int4/group128:scale=bfloat16": 4.125, "int4/group32": 5.0, "int4/group32:scale=e8m0": 4.25,
     "uint4/group32": 4 + (32 + 4) / 32, "uint4/group32:scale=float16": 4 + (16 + 4) / 32,
     # 16 x 4096 values: scales per tensor, channel, token, tile.
-    "nvfp4": 4.5 + 32 / 65536, "nf4-double": 4 + 8 / 64 + 32 / (64 * 256), "bitnet": 2 + 32 / 65536,
+    "bnb-fp4": 4.5,
+    "nvfp4": 4.5 + 32 / 65536, "nf4-double": 4 + 8 / 64 + 32 / (64 * 256) + 32 / 65536, "bitnet": 2 + 32 / 65536,
     "int8/channel": 8 + 32 / 4096, "int8/channel1": 8 + 32 / 16, "uint8/tensor": 8 + 40 / 65536,
     "int8/token": 8 + 32 / 4096, "int3/tile16x16": 3 + 32 / 256, "binary": 1 + 32 / 4096, "ternary": 2 + 32 / 4096,
     "log2-4/channel": 4 + 32 / 4096, "apot-3/channel": 3 + 32 / 4096, "e8p": 2 + 32 / 65536,

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 
 from isogrid.errors import FormatError
-from isogrid.formats.codebooks import BINARY, IQ4_NL, NF4, apot_grid, e8p_grid, log2_grid
+from isogrid.formats.codebooks import BINARY, BNB_FP4, IQ4_NL, NF4, apot_grid, dynamic_grid, e8p_grid, log2_grid
 from isogrid.formats.floats import ExponentGrid, FloatGrid, NativeGrid
 from isogrid.formats.format import Format
 from isogrid.formats.granularity import Granularity, PerChannel, PerFlatGroup, PerGroup, PerTensor, PerTile, PerToken
@@ -20,8 +20,8 @@ from isogrid.formats.grid import Grid, IntegerGrid
 from isogrid.formats.tables import ConstantGrid, LookupGrid
 
 GRAMMAR = """grid/granularity[:option,...]
-  grid: int1..int8, int16, uint1..uint8, uint16, fp8_e4m3, fp8_e5m2, fp6_e3m2, fp6_e2m3, fp4_e2m1, nf4, ternary, binary,
-        log2-2..log2-8, apot-3..apot-7, e8p
+  grid: int1..int8, int16, uint1..uint8, uint16, fp8_e4m3, fp8_e5m2, fp6_e3m2, fp6_e2m3, fp4_e2m1, nf4, bnb-fp4,
+        ternary, binary, log2-2..log2-8, apot-3..apot-7, e8p
   granularity: tensor, channel, channel1 (axis 1), token, group32, tile16x16, flat256
   option: scale=float32|float16|bfloat16|e8m0|fp8_e4m3|fp8_e5m2, pad and axis=0 (groups), narrow, midrise,
         half_up, asymmetric (int), symmetric (uint), even (zero points)"""
@@ -41,6 +41,7 @@ _FLOATS: dict[str, Grid] = {
 }
 _TABLES: dict[str, Callable[[], Grid]] = {
     "nf4": lambda: NF4,
+    "bnb-fp4": lambda: BNB_FP4,
     "ternary": lambda: _TERNARY,
     "binary": lambda: BINARY,
     "e8p": e8p_grid,
@@ -62,6 +63,12 @@ def _blocks(grid: Grid, size: int, scale: Format, offset: Format | None = None) 
 def _signed(fmt: Format) -> Format:
     """With scales of either sign, as ggml's own quantisers use them where a grid has a longer side."""
     return replace(fmt, signed_scale=True)
+
+
+def _of_bitsandbytes(grid: Grid, double: bool = False) -> Format:
+    """Blocks of 64, whose scales are float32 or, doubly quantised, 8-bit in blocks of 256 around their mean."""
+    mean = Format(ConstantGrid(1.0), PerTensor(), FLOAT32)
+    return _blocks(grid, 64, Format(dynamic_grid(), PerFlatGroup(256), FLOAT32, offset=mean) if double else FLOAT32)
 
 
 def _k_quant(grid: Grid, size: int, scale: IntegerGrid, least_offset: int | None = None) -> Format:
@@ -101,8 +108,10 @@ _BLOCK_FORMATS: dict[str, Callable[[], Format]] = {
     "mxfp8_e4m3": lambda: _blocks(_FLOATS["fp8_e4m3"], 32, E8M0),
     "mxfp8_e5m2": lambda: _blocks(_FLOATS["fp8_e5m2"], 32, E8M0),
     "nvfp4": lambda: _blocks(_FLOATS["fp4_e2m1"], 16, Format(_FLOATS["fp8_e4m3"], PerTensor(), FLOAT32)),
-    "nf4": lambda: _blocks(NF4, 64, FLOAT32),
-    "nf4-double": lambda: _blocks(NF4, 64, Format(_integers(8), PerFlatGroup(256), FLOAT32)),
+    "nf4": lambda: _of_bitsandbytes(NF4),
+    "nf4-double": lambda: _of_bitsandbytes(NF4, double=True),
+    "bnb-fp4": lambda: _of_bitsandbytes(BNB_FP4),
+    "bnb-fp4-double": lambda: _of_bitsandbytes(BNB_FP4, double=True),
     "bitnet": lambda: Format(_TERNARY, PerTensor(), FLOAT32),
     "ternary": lambda: Format(_TERNARY, PerChannel(), FLOAT32),
     "binary": lambda: Format(BINARY, PerChannel(), FLOAT32),

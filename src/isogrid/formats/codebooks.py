@@ -32,6 +32,9 @@ NF4 = LookupGrid(
     )
 )
 
+# bitsandbytes' FP4: a sign, two bits of exponent and one of mantissa, over twelve; it has one zero here.
+BNB_FP4 = LookupGrid(tuple(value / 12 for value in (-12, -8, -6, -4, -3, -2, -0.0625, 0, 0.0625, 2, 3, 4, 6, 8, 12)))
+
 # ggml's non-linear 4-bit table.
 IQ4_NL = LookupGrid((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
 
@@ -162,6 +165,24 @@ class E8PGrid(VectorGrid):
         negative[rows, least] += odd[rows, shift, pattern].to(torch.int64)
         signs = negative[:, 1:] % 2 << torch.arange(7, 0, -1, device=vectors.device)
         return pattern << 8 | signs.sum(1) | shift
+
+
+@cache
+def dynamic_grid() -> LookupGrid:
+    """The signed 8-bit dynamic map, in which bitsandbytes stores the scales of its double quantisation.
+
+    Seven decades of 2 to 128 evenly spaced values each (Dettmers 2015, arXiv 1511.04561), zero, and 1, which has no
+    negative; the float32 values of bitsandbytes' `create_dynamic_map`.
+
+    >>> len(dynamic_grid().table), dynamic_grid().lowest, dynamic_grid().highest
+    (256, -0.992968738079071, 1.0)
+    """
+    found = [0.0, 1.0]
+    for decade in range(7):
+        ends = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        middles = ((ends[:-1] + ends[1:]) / 2 * 10 ** (decade - 6)).tolist()
+        found += [*middles, *(-value for value in middles)]
+    return LookupGrid(tuple(sorted(found)))
 
 
 @cache

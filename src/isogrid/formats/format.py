@@ -74,6 +74,12 @@ class Format:
         """Whether values are a multiple of the scale alone, without zero point or offset."""
         return self.zero_point is None and self.offset is None
 
+    @property
+    def shares_offset(self) -> bool:
+        """Whether all blocks have one offset."""
+        offset = self.offset
+        return offset is not None and offset.scale is not None and isinstance(offset.granularity, PerTensor)
+
     def scale_shape(self, shape: Shape) -> Shape:
         """Shape of the scale of a tensor; raises FormatError, naming what would fit, where the blocks do not."""
         try:
@@ -152,14 +158,21 @@ class Format:
         """Scale, zero point and offset from the extremes of each block, before the rounding of their storage.
 
         The scale of a symmetric format is the largest magnitude over the grid's smaller bound: nothing is clipped.
+        An offset that all blocks share is the mean, and the longer side of the grid then holds what is farthest from
+        it, as bitsandbytes stores scales (Dettmers et al. 2023, arXiv 2305.14314).
         """
         if self.scale is None:
             return Affine(None)
         scale_shape = self.scale_shape(tuple(x.shape))
-        rows = blocks(self.granularity.arrange(x).to(torch.float32), scale_shape)
+        x = x.to(torch.float32)
+        mean = _mean(x) if self.shares_offset else None
+        rows = blocks(self.granularity.arrange(x if mean is None else x - mean), scale_shape)
         if rows.numel() == 0:
             rows = rows.new_zeros(len(rows), 1)
-        return extremes_affine(rows, self).reshape(scale_shape)
+        if mean is None:
+            return extremes_affine(rows, self).reshape(scale_shape)
+        reach = rows.abs().amax(1).clamp(max=torch.finfo(torch.float32).max).reshape(scale_shape)
+        return Affine(_divide(reach, max(self.grid.highest, -self.grid.lowest)), offset=mean.expand(scale_shape))
 
     def bits_per_value(self, shape: Shape) -> float:
         """Storage in bits for each value of a tensor of this shape, scales and zero points counted.
@@ -268,6 +281,14 @@ def zero_point_affine(lowest: Tensor, highest: Tensor, grid: Grid) -> Affine:
     divisor = torch.where(scale == 0, 1.0, scale)
     zero_point = torch.round(grid.lowest - lowest / divisor).clamp(grid.lowest, grid.highest)
     return Affine(scale, zero_point)
+
+
+def _mean(x: Tensor) -> Tensor:
+    """The mean of all values, float32 []; in float64 where their sum overflows, and 0 of none."""
+    if x.numel() == 0:
+        return x.new_zeros(())
+    mean = x.reshape(-1).mean()
+    return torch.where(mean.isinf(), x.double().mean().to(torch.float32), mean)
 
 
 def _step(lowest: Tensor, highest: Tensor, grid: Grid) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import isogrid as ig
 from isogrid.errors import PlanError
+from tests.models import assert_equal
 
 transformers = pytest.importorskip("transformers")
 
@@ -104,3 +105,31 @@ def test_save_pretrained_keeps_everything(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
     assert not hasattr(model.config, "quantization_config")
+
+
+@pytest.mark.parametrize("kind", ["Gemma2", "GPT2"])
+def test_functions_that_llama_cpp_has_otherwise(kind: str) -> None:
+    model, batch = built(kind), batch_for(kind)
+    with torch.no_grad():
+        before = model(**batch).logits
+    plan = ig.plan(model, "llamacpp", "f16", example_inputs=batch)
+    (function,) = plan.operations
+    assert function.kind == "function" and function.site == "gelu"
+    assert "a form of its own" in str(plan) and ig.Plan.from_json(plan.to_json()) == plan
+    assert not any("gelu" in name for name, _ in plan.floats)
+    ig.prepare(model, plan)
+    site = model.get_submodule(f"{function.scope}.operations.sites.gelu")
+    assert_equal(site(torch.nn.functional.gelu, torch.tensor([1.0])), torch.tensor([1.0]).mul(0.84130859375))
+    assert_equal(model(**batch).logits, ig.convert(model)(**batch).logits)
+    assert 0 < (model(**batch).logits - before).abs().max() < 0.05
+    assert not ig.unplanned(model)
+
+
+def test_functions_kept_as_they_are() -> None:
+    keep = ig.Rule(match="*.gelu", keep="float")
+    plan = ig.plan(built("GPT2"), "llamacpp", "f16", [keep], example_inputs=batch_for("GPT2"))
+    assert not plan.operations and ("transformer.h.0.mlp.act.gelu", "rule '*.gelu'") in plan.floats
+    with pytest.raises(PlanError, match=r"asks to quantise 'transformer\.h\.0\.mlp\.act\.gelu'"):
+        rule = ig.Rule(match="*.gelu", weight="q8_0")
+        ig.plan(built("GPT2"), "llamacpp", "f16", [rule], example_inputs=batch_for("GPT2"))
+    assert not ig.plan(built("GPT2"), "vllm", "w8a16", example_inputs=batch_for("GPT2")).operations

@@ -53,6 +53,7 @@ _tensor = _function(GGML, "ggml_new_tensor_2d", c_void_p, c_void_p, c_int, c_int
 _set_name = _function(GGML, "ggml_set_name", c_void_p, c_void_p, c_char_p)
 _data = _function(GGML, "ggml_get_data", c_void_p, c_void_p)
 _product = _function(GGML, "ggml_mul_mat", c_void_p, c_void_p, c_void_p, c_void_p)
+_gelu = _function(GGML, "ggml_gelu", c_void_p, c_void_p, c_void_p)
 _graph = _function(GGML, "ggml_new_graph", c_void_p, c_void_p)
 _expand = _function(GGML, "ggml_build_forward_expand", None, c_void_p, c_void_p)
 _compute = _function(GGML, "ggml_graph_compute_with_ctx", c_int, c_void_p, c_void_p, c_int)
@@ -98,6 +99,21 @@ def product(tensors: Tensors, kind: int) -> tuple[None, Tensors]:
     _expand(graph, result)
     assert _compute(context, graph, 1) == 0
     y = torch.empty(len(x), len(weight))
+    ctypes.memmove(y.data_ptr(), _data(result), 4 * y.numel())
+    _free(context)
+    return None, {"y": y}
+
+
+def gelu(tensors: Tensors) -> tuple[None, Tensors]:
+    """GELU of x [rows, n]."""
+    x = tensors["x"].contiguous()
+    context = _init(Memory(16 << 20, None, False))
+    values = _tensor(context, FLOAT32, x.shape[1], len(x))
+    ctypes.memmove(_data(values), x.data_ptr(), 4 * x.numel())
+    result, graph = _gelu(context, values), _graph(context)
+    _expand(graph, result)
+    assert _compute(context, graph, 1) == 0
+    y = torch.empty_like(x)
     ctypes.memmove(y.data_ptr(), _data(result), 4 * y.numel())
     _free(context)
     return None, {"y": y}

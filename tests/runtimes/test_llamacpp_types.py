@@ -11,6 +11,7 @@ from torch import Tensor
 from isogrid.formats import named_format
 from isogrid.formats.ggml import pack_blocks, unpack_blocks
 from isogrid.layers.dynamic import activation_rule
+from isogrid.layers.ggml_functions import gelu
 from isogrid.layers.llamacpp_activations import Q8_1, q8_codes, q8_k_codes
 from isogrid.layers.stored import StoredLinear
 from isogrid.planning.mixtures import MIXTURES, assign
@@ -47,6 +48,13 @@ def spread(rows: int, columns: int) -> Tensor:
 def stored(x: Tensor, kind: str, block: int, size: int) -> Tensor:
     bytes_ = worker().call("activations", {"x": x}, kind=KINDS[kind], size=x.shape[1] // block * size)
     return bytes_.tensors["stored"].reshape(-1, size)
+
+
+def test_gelu_is_the_one_of_the_runtime() -> None:
+    every_half = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    between = torch.randn(2**15, generator=torch.Generator().manual_seed(0)) * 5
+    x = torch.cat([every_half[~every_half.isnan()], between])[None]
+    assert_equal(worker().call("gelu", {"x": x}).tensors["y"], gelu(x))
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q8_1"])

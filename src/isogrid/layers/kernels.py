@@ -4,13 +4,20 @@ Products that are accumulated, linear layers and convolutions, are the same ever
 them. Sites, their integer twins and the operators `torch.ops.isogrid.*` carry the name of a set of kernels.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from isogrid.layers import arithmetic, litert_kernels, onnxruntime_kernels, torch_kernels, xnnpack_kernels
+from isogrid.layers import (
+    arithmetic,
+    ggml_functions,
+    litert_kernels,
+    onnxruntime_kernels,
+    torch_kernels,
+    xnnpack_kernels,
+)
 from isogrid.layers.activations import lookup_table
 
 Kernel = Callable[..., Tensor]
@@ -37,6 +44,8 @@ class Kernels:
             not powers of two; by powers of two everybody rounds alike.
         packs_nbits: whether linear layers in float arithmetic are MatMulNBits; elsewhere `isogrid.convert` keeps
             weights as their formats store them.
+        functions: of float tensors, by torch's names, that the runtime computes otherwise than torch by more than the
+            order of sums. They train as the runtime has them.
     """
 
     quantize: Kernel
@@ -47,6 +56,7 @@ class Kernels:
     table: Kernel = lookup_table
     code_bound: float = 0.0
     packs_nbits: bool = False
+    functions: Mapping[str, Kernel] = field(default_factory=dict)
 
 
 def float_add(*operands: Any) -> Tensor:
@@ -72,6 +82,8 @@ _XNNPACK = Kernels(
     global_average_pool=xnnpack_kernels.global_average_pool,
 )
 
+_FLOAT = replace(_ONNX_RUNTIME, packs_nbits=False)
+
 KERNELS: dict[str, Kernels] = {
     "onnxruntime": _ONNX_RUNTIME,
     # OpenVINO multiplies by reciprocals, adds zero points before it rounds, and the bias after it scales.
@@ -91,8 +103,9 @@ KERNELS: dict[str, Kernels] = {
         # Products accumulated in float32 and scaled twice; about 1e-5 of the codes of a layer.
         code_bound=1e-4,
     ),
-    # Runtimes that compute in float on stored weights, as llama.cpp: they have no static integers, so that none of
-    # the kernels is called.
-    "float": replace(_ONNX_RUNTIME, packs_nbits=False),
+    # Runtimes that compute in float on stored weights: they have no static integers, so that none of the kernels is
+    # called.
+    "float": _FLOAT,
+    "ggml": replace(_FLOAT, functions={"gelu": ggml_functions.gelu}),
 }
 """The kernels by the name that a plan carries."""

@@ -18,6 +18,7 @@ from isogrid.planning.arguments import Arguments
 from isogrid.planning.chains import Chain, fused_additions, nonnegative
 from isogrid.planning.choice import NORM_WEIGHT, Choice, choose
 from isogrid.planning.float_inputs import input_owners, input_sites
+from isogrid.planning.functions import function_plans, is_runtime_function
 from isogrid.planning.fused import fuse, fused_with, has_one_scale
 from isogrid.planning.graph import COMPUTING_KINDS, JOINING_KINDS, LAYER_KINDS, Call, Graph
 from isogrid.planning.grids import Grids, Owner
@@ -31,6 +32,7 @@ from isogrid.planning.routers import routers
 from isogrid.planning.rules import Rule, Scheme, unmatched_rule_error
 from isogrid.planning.stubs import outside_stubs
 from isogrid.planning.target import Target
+from isogrid.planning.watching import watched_scopes
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Placement:
         choices: what is quantised, by name.
         floats: what a rule or the target keeps in float, with the reason.
         halves: what computes in float16 instead, with the reason.
+        functions: what the runtime computes in float by a rule of its own.
     """
 
     model: nn.Module
@@ -55,6 +58,7 @@ class Placement:
     choices: dict[str, Choice] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)
     halves: dict[str, str] = field(default_factory=dict)
+    functions: list[Call] = field(default_factory=list)
     _norms: set[str] = field(default_factory=set)
 
     def plan(self) -> Plan:
@@ -101,6 +105,8 @@ class Placement:
                 self.halves[name] = f"rule {self.rules[index or 0].match!r}"
             elif why := self._why_float(calls):
                 self._keep(name, why)
+                if is_runtime_function(call, self.target.kernels):
+                    self.functions.append(call)
                 if index is not None:  # a pattern may quantise what else it matches
                     refused.setdefault(index, f"asks to quantise {name!r}, but {why}. Keep it float")
                     continue
@@ -184,7 +190,7 @@ class Placement:
     def _weight_plan(self) -> Plan:
         layers = [self._float_layer(name, self.graph.calls_of(name)[0].kind) for name in self.choices]
         inputs = input_sites(self.graph, self.choices, self.scheme, self.target, self._inputs)
-        return self._assembled(self._weight_sites(layers) + inputs, layers, [], {})
+        return self._assembled(self._weight_sites(layers) + inputs, layers, function_plans(self.functions), {})
 
     def _float_layer(self, name: str, kind: str) -> LayerPlan:
         if name in self._inputs:
@@ -339,7 +345,9 @@ class Placement:
             sites=tuple(sites),
             layers=tuple(layers),
             operations=tuple(operations),
-            scopes=self._scopes(operations, chains, {each.scope for each in lent}),
+            scopes=watched_scopes(
+                self.graph, operations, chains, {each.scope for each in lent}, self.scheme.arithmetic == "static"
+            ),
             floats=self._float_rows(planned | absorbed),
             arguments=self.arguments,
             lent=lent,
@@ -349,21 +357,6 @@ class Placement:
                 if isinstance(module, TakenApart) and any(name.startswith(f"{path}.") for name in planned)
             ),
         )
-
-    def _scopes(
-        self, operations: Sequence[OperationPlan], chains: Mapping[str, Chain], lenders: set[str]
-    ) -> dict[str, tuple[str, ...]]:
-        """The forwards to watch, with the calls that other layers do for them.
-
-        Where there is work to do, every forward is watched, so that calls are counted for the module that makes
-        them, also in modules that the example inputs did not reach.
-        """
-        skipped: dict[str, dict[str, None]] = {}
-        for chain in chains.values():
-            for clamp in chain.clamps:
-                skipped.setdefault(clamp.scope, {})[_site(clamp)] = None
-        watched = self.graph.scopes if operations or skipped else (*self.graph.fast_paths, *sorted(lenders))
-        return {path: tuple(skipped.get(path, ())) for path in watched}
 
     def _float_rows(self, quantized: set[str]) -> tuple[tuple[str, str], ...]:
         rows: dict[str, str] = {}

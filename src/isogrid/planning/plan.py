@@ -85,8 +85,8 @@ class OperationPlan:
     Attributes:
         scope: path of the module.
         site: name of the call within its forward.
-        kind: add, multiply, matmul, concat, average_pool, activation, or fused_add for an addition inside the layer
-            before it.
+        kind: add, multiply, matmul, concat, average_pool, activation, fused_add for an addition inside the layer
+            before it, or function for one of float values that the runtime has in a form of its own.
         inputs, output, clamp: as for a layer.
     """
 
@@ -152,6 +152,9 @@ class Plan:
         for name, rule in _alike(rules):
             reason = f"{self.target} quantises what arrives, by the weight's format"
             sites.add_row(name, rule, "dynamic", "identity", "", reason)
+        functions = [(f"{each.scope}.{each.site}", "float") for each in self.operations if each.kind == "function"]
+        for name, kind in _alike(functions):
+            sites.add_row(name, kind, "", "identity", "", f"{self.target} has a form of its own, which is trained")
         floats = Table(title="Stays float", title_justify="left")
         floats.add_column("what")
         floats.add_column("why", overflow="fold")

@@ -22,6 +22,7 @@ from isogrid.layers.dynamic import activation_rule
 from isogrid.layers.elementwise import QuantizedAdd, QuantizedFusedAdd, QuantizedMultiply
 from isogrid.layers.embedding import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
 from isogrid.layers.experts import BorrowedExperts, QuantizedExperts
+from isogrid.layers.function_sites import RuntimeFunction
 from isogrid.layers.intercept import own_class, parent_of
 from isogrid.layers.kernels import KERNELS
 from isogrid.layers.layer import Arithmetic, QuantizedLayer, link, replacement
@@ -52,6 +53,7 @@ from isogrid.layers.weights import refresh_weights, weight_of
 from isogrid.layers.where import QuantizedWhere
 from isogrid.planning.classify import kind_of, layer_type
 from isogrid.planning.exchange import exchange, take_apart
+from isogrid.planning.functions import KIND as FUNCTION
 from isogrid.planning.lending import lend, take_back
 from isogrid.planning.plan import LayerPlan, OperationPlan, Plan, Site
 from isogrid.planning.site_weights import weight_at
@@ -98,6 +100,7 @@ OPERATIONS: dict[str, type[QuantizedSite]] = {
     "activation": QuantizedActivation,
     "add": QuantizedAdd,
     "fused_add": QuantizedFusedAdd,
+    FUNCTION: RuntimeFunction,
     "multiply": QuantizedMultiply,
     "matmul": QuantizedMatmul,
     "average_pool": QuantizedAveragePool,

@@ -45,7 +45,7 @@ class LlamaCpp:
     """
 
     name = "llamacpp"
-    kernels = "float"
+    kernels = "ggml"
     float_endings: frozenset[str] = frozenset()
     fused_layers: tuple[tuple[str, ...], ...] = ()
     fuses_additions = False

@@ -31,6 +31,7 @@ BATCH = {"input_ids": IDS}
 SCHEMES = [
     *[f"w{bits}a16" for bits in range(2, 9)],
     "w4a16-asym",
+    "w2a16-asym",
     "w8a8",
     "w8a8-dynamic",
     "fp8",

@@ -121,7 +121,7 @@ class Format:
         ]
         real = Affine(*[None if part is None else part.dequantize() for part in stored])
         arranged = self.granularity.arrange(x)
-        view, aligned = _align(arranged, real)
+        view, aligned = align(arranged, real)
         codes = self.grid.encode(normalize(view, aligned), aligned.zero_point)
         if self.grid.dimension > 1:
             codes = codes.reshape(*arranged.shape[:-1], arranged.shape[-1] // self.grid.dimension)
@@ -150,7 +150,7 @@ class Format:
         They are taken as they are: storing twice may differ from storing once, where scales share a scale.
         """
         arranged = self.granularity.arrange(x)
-        view, aligned = _align(arranged, stored)
+        view, aligned = align(arranged, stored)
         values = scale_up(self.grid.nearest(normalize(view, aligned), aligned.zero_point), aligned)
         return self.granularity.restore(values.reshape(arranged.shape), tuple(x.shape))
 
@@ -241,7 +241,7 @@ class Quantized:
         grid, granularity = self.format.grid, self.format.granularity
         values = grid.decode(self.codes) if grid.dimension > 1 else self.codes
         arranged = granularity.arrange(values)
-        view, affine = _align(arranged, self.affine)
+        view, affine = align(arranged, self.affine)
         if grid.dimension == 1:
             view = grid.decode(view, affine.zero_point)
         return granularity.restore(scale_up(view, affine).reshape(arranged.shape), self.shape)
@@ -323,7 +323,7 @@ def _fit(tensor: Tensor | None, scale: Tensor, scale_shape: Shape, name: str) ->
         ) from None
 
 
-def _align(arranged: Tensor, affine: Affine) -> tuple[Tensor, Affine]:
+def align(arranged: Tensor, affine: Affine) -> tuple[Tensor, Affine]:
     """Views of a tensor and of its parameters that broadcast against each other."""
     if affine.scale is None:
         return arranged, affine

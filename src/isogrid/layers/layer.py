@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from isogrid.formats import Format, NativeGrid, named_format
+from isogrid.formats import Format, NativeGrid, Quantized, named_format
 from isogrid.layers import arithmetic
 from isogrid.layers.activation_rule import ActivationRule
 from isogrid.layers.batch_norm import AbsorbedBatchNorm
@@ -78,6 +78,14 @@ class QuantizedLayer(nn.Module):
         """Weight, output channels first, and bias of `operation`, before quantisation."""
         return weight_of(self), self.bias
 
+    def weight_operand(self, weight: Tensor) -> Operand | None:
+        """How the weight, as `operands` has it, is quantised now."""
+        return self.weight_quantizer.operand(weight)
+
+    def quantized_weight(self) -> Quantized:
+        """The weight as deployment stores it."""
+        return self.weight_quantizer.quantize(self.operands()[0])
+
     def arrange_input(self, x: Tensor) -> Tensor:
         """The input as `operation` takes it: padded, where the padding is not with zeros on equal sides."""
         return x
@@ -99,7 +107,7 @@ class QuantizedLayer(nn.Module):
         x_operand = self.input_quantizer.operand(x, self.input_on_grid) if self.input_quantizer is not None else None
         if self.input_rule is not None and self.weight_quantizer.enabled:
             x_operand = self.input_rule.operand._replace(strength=self.weight_quantizer.strength_now)
-        weight_operand = self.weight_quantizer.operand(weight)
+        weight_operand = self.weight_operand(weight)
         if self.arithmetic == "half" and weight_operand is not None:
             return half_product(operation, x, fake_quantize(weight, weight_operand), bias)
         if self._computes_static(x_operand, weight_operand):
@@ -208,16 +216,14 @@ class QuantizedLayer(nn.Module):
     @torch.no_grad()
     def to_stored(self, kind: type[StoredLinear]) -> StoredLinear:
         """The layer that computes in float on its weight as it is stored."""
-        weight, bias = self.operands()
         quantizer = self.input_quantizer
         grid = None if quantizer is None else StoredInput(quantizer.format, quantizer.stored())
-        return kind(self.weight_quantizer.quantize(weight), bias, self.input_rule, grid)
+        return kind(self.quantized_weight(), self.operands()[1], self.input_rule, grid)
 
     @torch.no_grad()
     def to_half(self, edges: Edges | None = None) -> HalfLayer:
         """The layer in float16."""
-        weight, bias = self.operands()
-        return HalfLayer(self.weight_quantizer.quantize(weight), bias, self.operation, edges)
+        return HalfLayer(self.quantized_weight(), self.operands()[1], self.operation, edges)
 
     def _with_sign(self, operand: Operand) -> Operand:
         gain: Any = self.batch_norm.weight if self.batch_norm is not None else None

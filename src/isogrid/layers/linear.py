@@ -11,7 +11,6 @@ from isogrid.layers.layer import QuantizedLayer
 from isogrid.layers.nbits import pack_matmul_nbits
 from isogrid.layers.operations import BilinearOperation, LinearOperation
 from isogrid.layers.stored import StoredLinear
-from isogrid.layers.weights import weight_of
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
@@ -43,7 +42,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     @torch.no_grad()
     def _packed(self) -> nn.Module:
-        quantized = self.weight_quantizer.quantize(weight_of(self))
+        quantized = self.quantized_weight()
         grid, granularity = quantized.format.grid, quantized.format.granularity
         scale = quantized.affine.scale
         assert scale is not None and isinstance(granularity, PerGroup)

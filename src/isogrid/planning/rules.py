@@ -28,7 +28,7 @@ class Rule:
         weight: format of the weight.
         activation: format of inputs and outputs.
         scale: `learned`, `frozen`, `moving` or `dynamic`, for weights and activations alike.
-        estimator: `ste`, `identity` or `lsq`.
+        estimator: `ste`, `identity`, `lsq`, or `efficientqat`, which learns zero points too.
         range: how scales are chosen from data, such as `mse`, `absmax` or `percentile(99.9)`.
 
     What is not given comes from the scheme.
@@ -238,6 +238,16 @@ SCHEMES: dict[str, Scheme] = {
         *(
             Scheme(name, weight, activation, arithmetic, what, target="vllm", keeps_heads=True)
             for name, weight, activation, arithmetic, what in _OF_VLLM
+        ),
+        Scheme(
+            "w2a16-asym",
+            "uint2/group64:scale=bfloat16",
+            None,
+            "weight_only",
+            "2-bit weights with zero points that are learned, as EfficientQAT trains them",
+            target="vllm",
+            keeps_heads=True,
+            estimator="efficientqat",
         ),
         *(
             Scheme(name, weight, None, "dynamic", what, target="llamacpp", mixture=mixture, falls_back=True)

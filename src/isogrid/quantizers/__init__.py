@@ -1,6 +1,6 @@
 """Formats made trainable: ranges choose a scale, estimators pass a gradient, a quantizer holds both."""
 
-from isogrid.quantizers.estimators import LSQ, Estimator, Gradients, Identity, Position, StraightThrough
+from isogrid.quantizers.estimators import LSQ, EfficientQAT, Estimator, Gradients, Identity, Position, StraightThrough
 from isogrid.quantizers.functional import Operand, fake_quantize, quantized_operation
 from isogrid.quantizers.quantizer import Quantizer, ScaleRule
 from isogrid.quantizers.ranges import (
@@ -22,6 +22,7 @@ __all__ = [
     "RMS",
     "AbsMax",
     "AbsMean",
+    "EfficientQAT",
     "Estimator",
     "Gradients",
     "HistogramKL",

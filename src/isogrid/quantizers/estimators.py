@@ -149,6 +149,38 @@ class LSQ(Estimator):
         return Gradients(inside, Affine(scale_gradient, None, offset_gradient))
 
 
+@dataclass(frozen=True)
+class EfficientQAT(Estimator):
+    """Scale, zero point and weight are all learned (EfficientQAT's Block-AP, Chen et al., arXiv 2407.11062).
+
+    With `v = x/s` and whole zero point z, `d x^/d x = 1` where the rounded code lies on the grid, else 0;
+    `d x^/d s = round(v) - v` there, else the end of the grid less z; `d x^/d z = 0` there, `-s` outside: a zero point
+    moves what is clipped. Gradients are not scaled. An offset gets LSQ+'s gradient.
+
+    >>> x, scale, zero_point = torch.tensor([-9.0, 0.25]), torch.ones(1), torch.ones(1)
+    >>> found = EfficientQAT().backward(torch.ones(2), x, Affine(scale, zero_point), IntegerGrid(0, 3), {})
+    >>> found.x, found.affine.scale, found.affine.zero_point
+    (tensor([0., 1.]), tensor([-1.2500]), tensor([-1.]))
+    """
+
+    learns: ClassVar[frozenset[str]] = frozenset({"scale", "zero_point", "offset"})
+
+    def backward(self, gradient: Tensor, x: Tensor, affine: Affine, grid: Grid, tensors: Tensors) -> Gradients:
+        position = Position(x, affine, grid)
+        inside = position.where_on_grid(gradient)
+        scale = 1.0 if affine.scale is None else affine.scale
+        slope = gradient * position.nearest() - inside * position.in_units
+        clipped = gradient - inside
+        return Gradients(
+            inside,
+            Affine(
+                position.reduce(slope),
+                None if affine.zero_point is None else position.reduce(-clipped * scale),
+                None if affine.offset is None else position.reduce(clipped),
+            ),
+        )
+
+
 class Position:
     """Where values lie relative to their grid: the quantities that backward rules are written in.
 
@@ -213,11 +245,16 @@ def _where_between(values: Tensor, x: Tensor, lowest: float, highest: float) -> 
     return passed
 
 
-ESTIMATORS: dict[str, Estimator] = {"ste": StraightThrough(), "identity": Identity(), "lsq": LSQ()}
+ESTIMATORS: dict[str, Estimator] = {
+    "ste": StraightThrough(),
+    "identity": Identity(),
+    "lsq": LSQ(),
+    "efficientqat": EfficientQAT(),
+}
 
 
 def estimator_from_name(name: str) -> Estimator:
-    """The estimator that a rule or recipe names: ste, identity or lsq.
+    """The estimator that a rule or recipe names: ste, identity, lsq or efficientqat.
 
     >>> estimator_from_name("lsq")
     LSQ(scales_gradient=True)

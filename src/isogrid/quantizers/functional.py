@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from isogrid.formats import Affine, Format, Grid
+from isogrid.formats.coded import unpack_codes
+from isogrid.formats.format import align, scale_up
 from isogrid.formats.granularity import Shape
 from isogrid.quantizers.blocks import Blocks
 from isogrid.quantizers.compiled import Elementwise, Results, Tensors, run
@@ -31,6 +33,7 @@ class Operand(NamedTuple):
         strength: float32 [1]; the operand is `x + strength * (quantised x - x)`. None means 1.
         on_grid: the input already lies on this grid, so that quantising it again changes nothing: the
             gradient passes unchanged and codes are saved instead of values.
+        coded: the tensor given is not the input but its frozen codes in bytes; None for an input as it is.
     """
 
     format: Format
@@ -39,6 +42,20 @@ class Operand(NamedTuple):
     tensors: Mapping[str, Tensor]
     strength: Tensor | None = None
     on_grid: bool = False
+    coded: "Coded | None" = None
+
+
+@dataclass(frozen=True)
+class Coded:
+    """What packed codes stand for.
+
+    Attributes:
+        shape: of the tensor that was quantised.
+        dtype: in which its values are multiplied.
+    """
+
+    shape: Shape
+    dtype: torch.dtype
 
 
 class Operation(Protocol):
@@ -114,7 +131,8 @@ def take_apart(operand: Operand | None) -> "tuple[Quantization, tuple[Tensor, ..
         return Quantization(None, ()), ()
     named = {**operand.affine._asdict(), **operand.tensors, STRENGTH: operand.strength}
     present = {name: tensor for name, tensor in named.items() if tensor is not None}
-    return Quantization(operand, tuple(present)), tuple(present.values())
+    kind = Quantization if operand.coded is None else CodedQuantization
+    return kind(operand, tuple(present)), tuple(present.values())
 
 
 class Quantization:
@@ -128,6 +146,7 @@ class Quantization:
         self.quantizes = operand is not None
         if operand is not None:
             self.format, self.estimator, self.on_grid = operand.format, operand.estimator, operand.on_grid
+            self.coded: Any = operand.coded
 
     def stored(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The tensors, with scale, zero point and offset as they are stored; detached."""
@@ -197,6 +216,45 @@ class Quantization:
             (rows if is_aligned and len(view) == blocks.view[0] != 1 else whole)[name] = view
         rule = Rule(self.format.grid, self.estimator, tuple(rows), tuple(whole))
         return blocks, rule, tuple(rows.values()), tuple(whole.values())
+
+
+class CodedQuantization(Quantization):
+    """The part of an operand whose codes are frozen: what is given as x are these codes, packed.
+
+    Values are `s (q - z) + o`, so that `d x^/d s = q - z` and `d x^/d o = 1`: EfficientQAT's second stage (E2E-QP, Chen
+    et al., arXiv 2407.11062), where nothing else trains. The zero point has no gradient.
+    """
+
+    def forward(self, x: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        """The values of packed codes x, in the dtype of the tensor that they were taken from."""
+        affine = self.affine(tensors)
+        steps, view = self._steps(x, affine)
+        return self._restored(scale_up(steps, view)).to(self.coded.dtype)
+
+    def backward(
+        self, gradient: Tensor, x: Tensor, tensors: tuple[Tensor, ...], shape: Shape | None = None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Gradients of the affine parameters; codes have none, so that nobody reads what is returned for them."""
+        affine = self.affine(tensors)
+        steps, view = self._steps(x, affine)
+        upstream = self.format.granularity.arrange(gradient.to(torch.float32)).reshape(steps.shape)
+        found: dict[str, Tensor] = {}
+        if affine.scale is not None and view.scale is not None:
+            found["scale"] = (upstream * steps).sum_to_size(view.scale.shape).reshape(affine.scale.shape)
+        if affine.offset is not None and view.offset is not None:
+            found["offset"] = upstream.sum_to_size(view.offset.shape).reshape(affine.offset.shape)
+        return gradient, [found.get(name) for name in self.names]
+
+    def _steps(self, packed: Tensor, affine: Affine) -> tuple[Tensor, Affine]:
+        """The values of the codes at scale 1, and the affine parameters, in views that broadcast."""
+        codes = unpack_codes(packed, self.format, self.coded.shape)
+        steps, view = align(self.format.granularity.arrange(codes), affine)
+        return self.format.grid.decode(steps, view.zero_point), view
+
+    def _restored(self, values: Tensor) -> Tensor:
+        granularity, shape = self.format.granularity, self.coded.shape
+        arranged = granularity.arrange(torch.empty(shape, device="meta")).shape
+        return granularity.restore(values.reshape(arranged), shape)
 
 
 @dataclass(frozen=True)

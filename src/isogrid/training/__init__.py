@@ -4,6 +4,7 @@ from isogrid.training.batch_norm import reestimate_batch_norm
 from isogrid.training.bitnet import to_bitnet
 from isogrid.training.calibration import calibrate
 from isogrid.training.checkpoint import load_training, save, save_training
+from isogrid.training.codes import freeze_codes
 from isogrid.training.parameters import parameter_groups
 from isogrid.training.pretrained import prepare, restore
 from isogrid.training.schedule import Phase, Schedule, TwoStages
@@ -13,6 +14,7 @@ __all__ = [
     "Schedule",
     "TwoStages",
     "calibrate",
+    "freeze_codes",
     "load_training",
     "parameter_groups",
     "prepare",

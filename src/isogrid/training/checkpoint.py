@@ -21,6 +21,7 @@ from isogrid.files import digest, rename, write_json, write_whole
 from isogrid.planning.plan import Plan
 from isogrid.planning.prepare import prepare
 from isogrid.planning.state import prepared_state
+from isogrid.training.codes import code_layers, coded_layers
 
 MANIFEST = "checkpoint.json"
 FORMAT = 1
@@ -63,21 +64,23 @@ def restore(float_model: nn.Module, folder: str | Path) -> nn.Module:
         plan = Plan.from_json(json.dumps(manifest["plan"]))
     except PlanError as error:
         raise CheckpointError(f"{folder / MANIFEST} is corrupt: {error}") from error
-    _check_fits(float_model, tensors, folder)
+    in_codes: list[str] = manifest.get("coded", [])
+    _check_fits(float_model, tensors, {f"{path}.weight" for path in in_codes}, folder)
     try:
         prepare(float_model, plan)
+        code_layers(float_model, in_codes)
     except PlanError as error:
         raise CheckpointError(f"The checkpoint {folder} is of another model: {error}") from error
     load_state(float_model, tensors, folder)
     return float_model
 
 
-def _check_fits(float_model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Refuse a checkpoint of another model before anything is changed."""
+def _check_fits(float_model: nn.Module, tensors: dict[str, Tensor], in_codes: set[str], source: Path) -> None:
+    """Refuse a checkpoint of another model before anything is changed; weights in codes have other shapes."""
     for name, tensor in float_model.state_dict().items():
         if name not in tensors:
             raise CheckpointError(f"{source} is of another model: it has no {name}.")
-        if tensors[name].shape != tensor.shape:
+        if tensors[name].shape != tensor.shape and name not in in_codes:
             raise CheckpointError(
                 f"{source} is of another model: its {name} has shape {list(tensors[name].shape)}, "
                 f"not {list(tensor.shape)}."
@@ -175,7 +178,8 @@ def _commit(folder: Path, model: nn.Module, files: dict[str, dict[str, Tensor]],
         for name, tensors in files.items():
             path, entries[name] = _write_tensors(folder, name, tensors)
             written.add(path)
-        write_json(folder / MANIFEST, {"format": FORMAT, "plan": plan, "files": entries, **rest})
+        inside = {"format": FORMAT, "plan": plan, "files": entries, "coded": coded_layers(model), **rest}
+        write_json(folder / MANIFEST, inside)
     except BaseException:
         _delete(written - previous)
         raise

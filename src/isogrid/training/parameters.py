@@ -19,6 +19,7 @@ def parameter_groups(
 
     Adam moves every parameter by about its learning rate a step, whatever the gradient; so the learning rate of a scale
     is a share of the scale itself: each quantizer gets a group with `scale_lr` times its mean scale, of whatever sign.
+    Learned zero points are whole codes, so that theirs is `scale_lr` codes, in a group of its own.
 
     Args:
         model: prepared.
@@ -51,7 +52,8 @@ def parameter_groups(
         {"name": "others", "params": [p for p in trainable if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
     ]
     for name, quantizer in quantizers(model).items():
-        parameters = [p for p in quantizer.parameters() if p.requires_grad]
+        zero_point = quantizer.zero_point
+        parameters = [p for p in quantizer.parameters() if p.requires_grad and p is not zero_point]
         if parameters and relative_scale_lr and not quantizer.is_calibrated:
             raise NotCalibratedError(
                 f"The learned scale of {name} has no value yet that its learning rate could be a share of. Run "
@@ -60,4 +62,6 @@ def parameter_groups(
         if parameters:
             factor = float(quantizer.scale.detach().abs().mean()) if relative_scale_lr else 1.0
             groups.append({"name": name, "params": parameters, "lr": scale_lr * factor, "weight_decay": 0.0})
+        if isinstance(zero_point, nn.Parameter) and zero_point.requires_grad:
+            groups.append({"name": f"{name}.zero_point", "params": [zero_point], "lr": scale_lr, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]

@@ -47,6 +47,21 @@ def test_portable_as_it_runs_and_not_only_as_it_is_observed(channels: int, kerne
     assert {check.arithmetic for check in report.graph} == {"integer"}
 
 
+def test_verification_sees_a_rounding_that_is_dropped_only_as_deployed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isogrid.targets.openvino.round_before_additions", lambda model: None)
+    torch.manual_seed(0)
+    model = nn.Sequential(Portable(16, 3), nn.Linear(16, 10))  # a head in float, so that no bits are demanded of it
+    x = torch.randn(8, 3, 32, 32)
+    halves = [ig.Rule(match="Conv2d", weight="int4/channel:scale=e8m0")]
+    ig.prepare(model, ig.plan(model, "openvino", "portable", halves, example_inputs=(x,)))
+    ig.calibrate(model, [x]).eval()
+    report = ig.verify(model, ig.export(model, tmp_path / "model.onnx"), [x])
+    assert not report and report.differing_codes == 0
+    assert "the artefact as it is deployed" in report.failures[0]
+
+
 def test_other_scales_hold_their_bound(tmp_path: Path) -> None:
     model = trained("openvino", rules=[ig.Rule(match="*", weight="int7/channel", activation="uint8/tensor")])
     report = ig.verify(model, ig.export(model, tmp_path / "model.onnx"), MORE)

@@ -11,7 +11,8 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 import isogrid as ig
-from isogrid.targets import Artifact
+from isogrid.targets import Artifact, Observed
+from isogrid.targets.onnxruntime_model import OnnxRuntimeModel
 from tests.verification.examples import Residual, Tokens, change, edited, exported
 
 Edit = Callable[[onnx.ModelProto], None]
@@ -194,3 +195,26 @@ def test_an_artefact_of_another_plan_is_found(tmp_path: Path, static: tuple[nn.M
     ig.calibrate(other, [x])
     report = ig.verify(other, artifact, [x])
     assert report.failures[0] == "the artefact was exported by another plan than this model's; export it again"
+
+
+@pytest.mark.parametrize(("kept", "share"), [(False, 1e-7), (True, 1e-4)])
+def test_a_fusion_that_exists_only_when_nobody_looks_is_found(
+    kept: bool, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fusing(OnnxRuntimeModel):
+        def observe(self, *inputs: torch.Tensor) -> Observed:
+            seen = super().observe(*inputs)
+            fused = [output + share * output.abs().max() for output in seen.outputs]
+            return seen._replace(outputs=fused, watched=seen.outputs)
+
+    torch.manual_seed(0)
+    x = torch.randn(12, 1, 8, 8)
+    rules = [ig.Rule(match="head", keep="float")] if kept else []
+    model, artifact = exported(Residual(), (x,), tmp_path / "model.onnx", scheme="w4a8", rules=rules)
+    monkeypatch.setattr("isogrid.verification.verify.load_artifact", OnnxRuntimeModel)
+    assert ig.verify(model, artifact, [x])
+    monkeypatch.setattr("isogrid.verification.verify.load_artifact", Fusing)
+    report = ig.verify(model, artifact, [x])
+    assert not report and report.differing_codes == 0
+    assert "the artefact as it is deployed" in report.failures[0], report.failures
+    assert "NO" in next(line for line in str(report).splitlines() if "as deployed" in line)

@@ -31,14 +31,17 @@ class Observed(NamedTuple):
     """What a runtime computed on the way.
 
     Attributes:
-        outputs: of the model.
+        outputs: of the model, as it is deployed wherever the runtime can tell.
         codes: of every quantised tensor, by name.
         layers: input and output of every layer with packed weights and float activations, by the layer's name.
+        watched: the model's outputs in the run that put out the codes, where a runtime may fuse otherwise then; None
+            where it does not.
     """
 
     outputs: list[Tensor]
     codes: dict[str, Tensor]
     layers: dict[str, tuple[Tensor, Tensor]]
+    watched: list[Tensor] | None = None
 
 
 class LoadedModel(Protocol):

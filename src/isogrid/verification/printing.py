@@ -60,6 +60,7 @@ def _groups(report: "VerificationReport") -> Iterator[tuple[str, Sequence[Any], 
     yield "stored codes, scales, zero points, biases", report.parameters, "0"
     yield "codes of quantised tensors", [c for c in report.sites if c.exact], "0"
     yield "codes behind float arithmetic", [c for c in report.sites if not c.exact], "reported"
+    yield "outputs as deployed, against as looked at", report.deployment, _allowed_apart(report.deployment)
     integer = [c for c in report.replays if c.bound == 0]
     yield "exact operations, replayed", integer, "0"
     codes = [c for c in report.replays if c.bound > 0 and c.of_codes]
@@ -75,6 +76,11 @@ def _groups(report: "VerificationReport") -> Iterator[tuple[str, Sequence[Any], 
 def _allowed(checks: Sequence[Any]) -> str:
     share = max((c.share for c in checks), default=0.0)
     return f"a share of {share:g}" if share else f"0 beyond {_bound(checks)}"
+
+
+def _allowed_apart(checks: Sequence[Any]) -> str:
+    bound = max((c.bound for c in checks), default=0.0)
+    return f"up to {bound:.0e}" if bound else "0"
 
 
 def _bound(checks: Sequence[Any]) -> str:

@@ -66,7 +66,8 @@ class Replays:
             with torch.no_grad(), viewed(self.reference, _Substitution(self, seen)):
                 result = self.run(inputs)
             expected = tensors_in(result)
-        for number, (actual, output) in enumerate(zip(seen.outputs, expected, strict=False)):
+        outputs = seen.outputs if seen.watched is None else seen.watched
+        for number, (actual, output) in enumerate(zip(outputs, expected, strict=False)):
             name = "output" if len(expected) == 1 else f"output {number}"
             self._of_values(name, self.survey.outputs[number].depth).add(actual, output)
 

@@ -137,6 +137,32 @@ class OutputCheck:
 
 
 @dataclass(frozen=True)
+class DeploymentCheck:
+    """One output of the artefact as it is deployed, against the same output while its quantised tensors are looked at.
+
+    A tensor that is looked at has to exist, and what a runtime fuses over it otherwise falls apart.
+
+    Attributes:
+        name: of the output.
+        compared, differing: values.
+        max_difference: relative to the largest value.
+        bound: the largest that is allowed: 0 where all is integer, and what float operations explain where they follow
+            on integers alone.
+    """
+
+    name: str
+    compared: int
+    differing: int
+    max_difference: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the difference is within the bound."""
+        return self.differing == 0 or self.max_difference <= self.bound
+
+
+@dataclass(frozen=True)
 class Bound:
     """A figure of the whole model: what was measured, and what was demanded in words."""
 
@@ -202,6 +228,7 @@ class VerificationReport:
         end_to_end: of whole outputs.
         problems: what no check can hold, such as a site that the file does not have.
         unread: sites that the file does not have, for no output depends on them.
+        deployment: the outputs as deployed, where looking at codes may change how a runtime computes.
     """
 
     artifact: str
@@ -214,6 +241,7 @@ class VerificationReport:
     end_to_end: EndToEnd
     problems: tuple[str, ...] = field(default=())
     unread: tuple[str, ...] = field(default=())
+    deployment: tuple[DeploymentCheck, ...] = field(default=())
 
     @property
     def exact(self) -> bool:
@@ -240,6 +268,7 @@ class VerificationReport:
             for c in self.graph
             if not c.holds
         ]
+        lines += [_deployment_failure(c) for c in self.deployment if not c.holds]
         lines += [_replay_failure(c) for c in self.replays if not c.holds]
         lines += [
             f"site {c.name}: {c.differing:,} of {c.compared:,} codes differ, by up to {c.max_difference:g}"
@@ -290,6 +319,15 @@ def _replay_failure(check: ReplayCheck) -> str:
     return (
         f"operation {check.name}: {check.differing:,} of {check.compared:,} {what} differ on the runtime's own inputs, "
         f"by up to {check.max_difference:.3g} {unit} (bound {bound})"
+    )
+
+
+def _deployment_failure(check: DeploymentCheck) -> str:
+    return (
+        f"{check.name}: {check.differing:,} of {check.compared:,} values differ between the artefact as it is deployed "
+        "and the same with its quantised tensors as outputs, by up to "
+        f"{check.max_difference:.3g} of the largest (bound {check.bound:g}): the runtime fuses what it then does not, "
+        "and its codes are not those that were compared"
     )
 
 

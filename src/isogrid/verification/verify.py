@@ -17,6 +17,7 @@ from isogrid.planning.plan import Plan
 from isogrid.planning.state import prepared_state
 from isogrid.planning.values import tensors_in
 from isogrid.targets import Artifact, LoadedModel, Observed, load_artifact, read_artifact
+from isogrid.verification.deployment import Deployment
 from isogrid.verification.graph import check_graph
 from isogrid.verification.names import Paths, first_call, site_of
 from isogrid.verification.outputs import Metric, Outputs, batch_size
@@ -91,6 +92,7 @@ class _Verification:
         for name in noted.seen.keys() & self.stored.keys():  # the codes of a parameter
             self.sites.setdefault(site_of(name), Tally()).add(self.stored[name], noted.seen[name])
             self.exact[site_of(name)] = True
+        self.deployment.add(seen)
         self.replays.add(inputs, seen, noted.seen, expected)
         self.outputs.add(seen.outputs, result, batch, examples)
 
@@ -101,18 +103,19 @@ class _Verification:
 
     def _observed(self, inputs: tuple[Any, ...], noted: Mapping[str, Tensor]) -> Observed:
         """What the runtime computes, under the reference's names and in its shapes."""
-        outputs, codes, layers = self.loaded.observe(*inputs)
+        outputs, codes, layers, watched = self.loaded.observe(*inputs)
         named = self.paths.tensors(codes)
         for name in named.keys() & noted.keys():
             if named[name].numel() == noted[name].numel():  # a file may have the rows of a Linear before their shape
                 named[name] = named[name].reshape(noted[name].shape)
-        return Observed(outputs, named, dict(zip(self.paths.calls(layers), layers.values(), strict=True)))
+        return Observed(outputs, named, dict(zip(self.paths.calls(layers), layers.values(), strict=True)), watched)
 
     def _begin(self, inputs: tuple[Any, ...]) -> None:
         self.first = inputs
         share = code_bound(self.plan)
         self.survey = survey(self.reference, self.run, inputs, reproduced=share == 0)
         self.replays = Replays(self.reference, self.run, self.survey, share)
+        self.deployment = Deployment(self.survey)
         self.outputs = Outputs(self.survey.outputs, self.metric)
 
     def report(self) -> VerificationReport:
@@ -136,6 +139,7 @@ class _Verification:
             end_to_end=self.outputs.result(),
             problems=tuple(self._problems()),
             unread=tuple(site for site in self._missing() if site in self._unread()),
+            deployment=tuple(self.deployment.checks()),
         )
 
     def _missing(self) -> list[str]:

@@ -93,11 +93,11 @@ class Bottleneck(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """For images of 32x32: a stem, three stages of bottlenecks, a pointwise convolution, a linear head on the mean."""
+    """A stem of stride 2, three stages of bottlenecks, a pointwise convolution, a linear head on the mean."""
 
     def __init__(self, width: int, classes: int = 10):
         super().__init__()
-        layers: list[nn.Module] = [convolution(3, width, 3, activation=nn.ReLU6())]
+        layers: list[nn.Module] = [convolution(3, width, 3, 2, activation=nn.ReLU6())]
         for inputs, outputs in ((width, width), (width, 2 * width), (2 * width, 4 * width)):
             layers.append(Bottleneck(inputs, outputs, 1 if inputs == outputs else 2))
             layers.extend(Bottleneck(outputs, outputs, 1) for _ in range(BLOCKS - 1))

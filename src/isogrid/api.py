@@ -23,16 +23,21 @@ from isogrid.planning.state import unplanned as unplanned
 from isogrid.search import fit_types
 from isogrid.targets import Artifact, LoadedModel, load_artifact, target_from_name
 from isogrid.training import (
+    Distillation,
+    LayerLosses,
     Phase,
     Schedule,
+    ThreePhases,
     TwoStages,
     calibrate,
     freeze_codes,
+    generate_text,
     parameter_groups,
     prepare,
     reestimate_batch_norm,
     restore,
     save,
+    teacher,
     to_bitnet,
 )
 from isogrid.verification import VerificationReport, verify_artifact
@@ -179,10 +184,13 @@ def to_torchao(model: nn.Module) -> nn.Module:
 __all__ = [
     "Artifact",
     "BitLinear",
+    "Distillation",
+    "LayerLosses",
     "Phase",
     "Plan",
     "Rule",
     "Schedule",
+    "ThreePhases",
     "TwoStages",
     "VerificationReport",
     "adopt",
@@ -192,6 +200,7 @@ __all__ = [
     "fit_types",
     "format",
     "freeze_codes",
+    "generate_text",
     "load",
     "parameter_groups",
     "plan",
@@ -199,6 +208,7 @@ __all__ = [
     "reestimate_batch_norm",
     "restore",
     "save",
+    "teacher",
     "to_bitnet",
     "to_torchao",
     "unplanned",

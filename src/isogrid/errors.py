@@ -47,3 +47,7 @@ class ArtifactError(IsogridError):
 
 class CheckpointError(IsogridError):
     """A checkpoint is corrupt, truncated or belongs to another model."""
+
+
+class DistillationError(IsogridError):
+    """A teacher does not fit its student, or a cache of its logits the data."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from isogrid.errors import NonFiniteError
+from isogrid.training.outputs import logits_of
 
 NORMAL_95 = 1.959964
 """Standard deviations that 95 % of a normal distribution lie within."""
@@ -98,14 +99,6 @@ def predictions(model: Callable[..., Any], batches: Iterable[tuple[Tensor, Tenso
     found = [(*_judged(logits_of(model(ids)), targets), targets) for ids, targets in batches]
     losses, best, targets = (torch.cat([batch[part] for batch in found]) for part in range(3))
     return Predictions(losses, best, targets)
-
-
-def logits_of(outputs: Any) -> Tensor:
-    """The logits in what a language model returns: a tensor, an object with `logits`, or a sequence that begins so."""
-    if isinstance(outputs, Tensor):
-        return outputs
-    logits: Tensor = outputs.logits if hasattr(outputs, "logits") else outputs[0]
-    return logits
 
 
 def token_loss(outputs: Any, targets: Tensor) -> Tensor:

@@ -1,26 +1,42 @@
-"""Training: calibration, the schedule, parameter groups and checkpoints."""
+"""Training: calibration, distillation, the schedule, parameter groups and checkpoints."""
 
 from isogrid.training.batch_norm import reestimate_batch_norm
 from isogrid.training.bitnet import to_bitnet
 from isogrid.training.calibration import calibrate
 from isogrid.training.checkpoint import load_training, save, save_training
 from isogrid.training.codes import freeze_codes
+from isogrid.training.distillation import Distillation, ThreePhases
+from isogrid.training.divergences import TopK, confidence, kl_divergence
+from isogrid.training.features import LayerLosses, feature_loss, relation_loss
+from isogrid.training.generation import generate_text
 from isogrid.training.parameters import parameter_groups
 from isogrid.training.pretrained import prepare, restore
 from isogrid.training.schedule import Phase, Schedule, TwoStages
+from isogrid.training.teachers import Teacher, teacher
 
 __all__ = [
+    "Distillation",
+    "LayerLosses",
     "Phase",
     "Schedule",
+    "Teacher",
+    "ThreePhases",
+    "TopK",
     "TwoStages",
     "calibrate",
+    "confidence",
+    "feature_loss",
     "freeze_codes",
+    "generate_text",
+    "kl_divergence",
     "load_training",
     "parameter_groups",
     "prepare",
     "reestimate_batch_norm",
+    "relation_loss",
     "restore",
     "save",
     "save_training",
+    "teacher",
     "to_bitnet",
 ]

@@ -144,6 +144,14 @@ _OF_VLLM: tuple[tuple[str, str, str | None, FloatArithmetic, str], ...] = (
 )
 """What vLLM runs and other targets do not; names as llm-compressor's presets."""
 
+_OF_BITSANDBYTES = (
+    ("nf4", "16 uneven values in blocks of 64"),
+    ("nf4-double", "16 uneven values in blocks of 64, on 8-bit scales: the base of QLoRA"),
+    ("bnb-fp4", "4-bit floats of bitsandbytes in blocks of 64"),
+    ("bnb-fp4-double", "4-bit floats of bitsandbytes in blocks of 64, on 8-bit scales"),
+)
+"""Under the names of their formats."""
+
 _OF_LLAMA_CPP = (
     ("f16", "float16", None, "weights and activations of every product in float16"),
     ("bf16", "bfloat16", None, "weights and activations of every product in bfloat16"),
@@ -248,6 +256,10 @@ SCHEMES: dict[str, Scheme] = {
             target="vllm",
             keeps_heads=True,
             estimator="efficientqat",
+        ),
+        *(
+            Scheme(name, name, None, "weight_only", what, target="bitsandbytes", keeps_heads=True)
+            for name, what in _OF_BITSANDBYTES
         ),
         *(
             Scheme(name, weight, None, "dynamic", what, target="llamacpp", mixture=mixture, falls_back=True)

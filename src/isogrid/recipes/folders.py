@@ -16,7 +16,10 @@ from isogrid.recipes.stages import new_model
 from isogrid.recipes.tokens import pretrained_tokenizer
 from isogrid.training.checkpoint import MANIFEST
 
-SUFFIXES = {"executorch": ".pte", "litert": ".tflite", "llamacpp": ".gguf", "torch-export": ".pt2", "vllm": ""}
+SUFFIXES = {
+    **{"executorch": ".pte", "litert": ".tflite", "llamacpp": ".gguf", "torch-export": ".pt2"},
+    **dict.fromkeys(("bitsandbytes", "vllm"), ""),  # folders
+}
 """Of the files of targets that do not take ONNX; a folder has none."""
 
 

@@ -33,6 +33,7 @@ TARGETS = {
     "pytorch": Entry("isogrid.targets.pytorch", "PyTorch", "isogrid"),
     "litert": Entry("isogrid.targets.litert", "LiteRT", "isogrid[litert]"),
     "vllm": Entry("isogrid.targets.vllm", "Vllm", "isogrid[vllm]"),
+    "bitsandbytes": Entry("isogrid.targets.bitsandbytes", "Bitsandbytes", "isogrid[bitsandbytes]"),
     "llamacpp": Entry("isogrid.targets.llamacpp", "LlamaCpp", "isogrid[gguf]"),
 }
 """The runtimes by name. A runtime's packages are imported when it is asked for, not before."""

@@ -12,8 +12,9 @@ from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
 from isogrid.planning.rules import SCHEMES, Scheme
 from isogrid.targets.artifact import Artifact, artifact_for
+from isogrid.targets.checkpoints.writing import write_checkpoint
 from isogrid.targets.compressed_tensors.checkpoint import CompressedModel
-from isogrid.targets.compressed_tensors.writing import write_checkpoint
+from isogrid.targets.compressed_tensors.writing import configured, packed_tensors
 
 STORED: dict[str, tuple[str, str | None]] = {
     "w2a16": ("int2/group128:scale=bfloat16", None),
@@ -109,7 +110,7 @@ class Vllm:
         Raises:
             TargetError: the model is none of transformers, or nothing in it is quantised.
         """
-        return write_checkpoint(integer_model, plan, path)
+        return write_checkpoint(integer_model, plan, path, packed_tensors, configured)
 
     def load(self, path: str | Path | Artifact, threads: int = 0) -> CompressedModel:
         """The checkpoint in transformers, which computes by the package compressed-tensors.

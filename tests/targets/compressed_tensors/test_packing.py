@@ -8,9 +8,9 @@ from torch import Tensor
 
 from isogrid.errors import ArtifactError, TargetError
 from isogrid.formats import Format, Quantized, named_format
+from isogrid.targets.checkpoints.rows import take_rows
 from isogrid.targets.compressed_tensors.config import weight_arguments
 from isogrid.targets.compressed_tensors.packing import LAYOUTS, layout_of, pack_nibbles, unpack_nibbles
-from isogrid.targets.compressed_tensors.rows import take_rows
 
 pytest.importorskip("compressed_tensors")
 

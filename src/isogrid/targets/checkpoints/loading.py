@@ -1,0 +1,210 @@
+"""A checkpoint at work in transformers, which decompresses it by the package of its layout."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from importlib import import_module
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from isogrid.errors import ArtifactError, MissingExtraError, TargetError
+from isogrid.formats import Format, Quantized, named_format
+from isogrid.layers.stored import parts_of
+from isogrid.planning.plan import LayerPlan
+from isogrid.planning.values import tensors_in
+from isogrid.targets.artifact import Artifact
+from isogrid.targets.checkpoints.rows import assembled, converted
+from isogrid.targets.runtime import Observed, RuntimeOperator
+
+Part = tuple[Tensor, Mapping[str, Tensor]]
+"""Numbers of rows of a weight, and the tensors that these are stored in."""
+
+STACKS = {
+    "gate_up_projection": "gate_up_proj",
+    "up_projection": "up_proj",
+    "down_projection": "down_proj",
+}
+"""The parameters that experts are stacked in, by the layers that read them."""
+
+
+class CheckpointModel(ABC):
+    """A checkpoint loaded by `from_pretrained`, in the dtype of its config.
+
+    Args:
+        artifact: a folder.
+
+    Raises:
+        MissingExtraError: transformers, or the package that decompresses, is not installed.
+    """
+
+    package: ClassVar[str]
+    """What decompresses, as it is imported."""
+
+    def __init__(self, artifact: Artifact):
+        self.artifact = artifact
+        self._library = _transformers(self.package, artifact.target)
+        self._config = self._library.AutoConfig.from_pretrained(artifact.path)
+        self._kind = getattr(self._library, self._config.architectures[0])
+
+    @cached_property
+    def model(self) -> Any:
+        """The model of transformers.
+
+        Raises:
+            TargetError: transformers computes otherwise than the runtime does, or does not load the files.
+        """
+        options = {"dtype": self._config.dtype, **self.loading_options()}
+        try:
+            return self._kind.from_pretrained(self.artifact.path, **options).eval()
+        except (OSError, ValueError, RuntimeError, AttributeError) as error:
+            raise TargetError(f"transformers does not load {self.artifact.path}: {error}") from error
+
+    def loading_options(self) -> dict[str, Any]:
+        """What `from_pretrained` is told beside the dtype.
+
+        Raises:
+            TargetError: transformers computes otherwise than the runtime does.
+        """
+        return {}
+
+    @abstractmethod
+    def unpack(self, layer: LayerPlan, fmt: Format, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Quantized:
+        """Rows [out, in] of a layer from the tensors that they are stored in; KeyError where one is missing."""
+
+    @cached_property
+    def _empty(self) -> Any:
+        """The float model without values, whose tensors transformers names as in any checkpoint."""
+        config = copy.deepcopy(self._config)
+        del config.quantization_config
+        with torch.device("meta"):
+            return self._kind(config)
+
+    @property
+    def input_names(self) -> list[str]:
+        """The arguments that it takes, in order."""
+        return [spec.name for spec in self.artifact.plan.inputs]
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """The model's outputs."""
+        positional, named = self.artifact.plan.arguments.filled(inputs)
+        with torch.no_grad():
+            return tensors_in(self.model(*positional, **named))
+
+    def observe(self, *inputs: Tensor) -> Observed:
+        """Run with the input and the output of every quantised Linear in view; those of experts are none."""
+        layers: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def note(path: str) -> Any:
+            def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+                layers[path] = (args[0], output)
+
+            return hook
+
+        hooks = [
+            self.model.get_submodule(layer.path).register_forward_hook(note(layer.path))
+            for layer in self.artifact.plan.layers
+            if not is_stack(layer)
+        ]
+        try:
+            outputs = self(*inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Observed(outputs, {}, layers)
+
+    def stored(self) -> Mapping[str, Tensor]:
+        """Codes and scales in the files, unpacked, as `isogrid.convert` names them.
+
+        Raises:
+            ArtifactError: a file is truncated, or lacks a tensor of the plan.
+        """
+        found: dict[str, Tensor] = {}
+        for layer, tensors in self._layers():
+            quantized = self._unpacked(layer, tensors)
+            found[f"{layer.path}.weight"] = quantized.codes
+            for part, codes in parts_of(quantized):
+                found[f"{layer.path}.{'_'.join(('weight', *part))}"] = codes
+            if layer.input is not None:
+                found[f"{layer.path}.input.scale"] = tensors[0][1]["input_scale"].float()
+        return found
+
+    def quantized(self) -> dict[str, Quantized]:
+        """The weight of each quantised layer by its path, as it is stored; see `stored` for errors."""
+        return {layer.path: self._unpacked(layer, tensors) for layer, tensors in self._layers()}
+
+    def _layers(self) -> Iterator[tuple[LayerPlan, list[Part]]]:
+        """Each quantised layer with the parts that it is stored in."""
+        tensors = _tensors(self.artifact)
+        layers = {_weight_name(layer): layer for layer in self.artifact.plan.layers}
+        shapes = {name: self._shape(layer)[:-1] for name, layer in layers.items()}
+        parts: dict[str, list[Part]] = {}
+        for prefix, (source, rows) in converted(self._empty, {}, shapes).rows.items():
+            inside = {name[len(prefix) + 1 :]: x for name, x in tensors.items() if name.startswith(f"{prefix}.")}
+            parts.setdefault(source, []).append((rows, inside))
+        for name, layer in layers.items():
+            yield layer, parts[name]
+
+    def _unpacked(self, layer: LayerPlan, parts: list[Part]) -> Quantized:
+        fmt = named_format(self.artifact.plan.site(layer.weight).format)
+        *rows, columns = self._shape(layer)
+        try:
+            found = [(numbers, self.unpack(layer, fmt, own, (len(numbers), columns))) for numbers, own in parts]
+        except KeyError as error:
+            raise ArtifactError(
+                f"{self.artifact.path} has no {error.args[0]} for {layer.path}. Copy it anew, or export again."
+            ) from error
+        return assembled(found, (prod(rows), columns))
+
+    def multiplications(self) -> tuple[RuntimeOperator, ...]:
+        """Every quantised layer: its weight is decompressed and multiplied in float."""
+        return tuple(
+            RuntimeOperator(layer.path, "experts" if is_stack(layer) else "Linear", "float")
+            for layer in self.artifact.plan.layers
+        )
+
+    def producers(self) -> Mapping[str, RuntimeOperator]:
+        """None: no activation is stored as codes."""
+        return {}
+
+    def _shape(self, layer: LayerPlan) -> tuple[int, ...]:
+        """[out, in], or [experts, out, in]."""
+        return tuple(self._empty.get_parameter(_weight_name(layer)).shape)
+
+
+def is_stack(layer: LayerPlan) -> bool:
+    """Whether a layer of a plan is one product of all experts."""
+    return layer.path.rpartition(".")[2] in STACKS
+
+
+def _weight_name(layer: LayerPlan) -> str:
+    parent, _, leaf = layer.path.rpartition(".")
+    return f"{parent}.{STACKS[leaf]}" if leaf in STACKS else f"{layer.path}.weight"
+
+
+def _transformers(package: str, target: str) -> Any:
+    try:
+        import_module(package)
+        import transformers
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"Running a checkpoint for {target} needs the package {error.name}, which is not installed. "
+            f"Install it with: pip install 'isogrid[{target}]'"
+        ) from error
+    return transformers
+
+
+def _tensors(artifact: Artifact) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    found: dict[str, Tensor] = {}
+    try:
+        for file in sorted(artifact.path.glob("*.safetensors")):
+            found |= load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{artifact.path} is incomplete: {error}. Copy it anew, or export again.") from error
+    return found

@@ -93,7 +93,7 @@ def unpack(tensors: Mapping[str, Tensor], fmt: Format, shape: tuple[int, int]) -
     assert kind is not None and fmt.scale is not None
     facts = json.loads(bytes(tensors[f"weight.quant_state.bitsandbytes__{kind}"].tolist()))
     if facts["blocksize"] != _block(fmt) or tuple(facts["shape"]) != shape:
-        raise ArtifactError(f"A weight {facts["shape"]} in blocks of {facts["blocksize"]} is not in {fmt}.")
+        raise ArtifactError(f"A weight {facts['shape']} in blocks of {facts['blocksize']} is not in {fmt}.")
     packed = tensors["weight"].reshape(-1)
     nibbles = torch.stack((packed >> 4, packed & 15), 1).reshape(shape)
     scale_shape = fmt.scale_shape(shape)

@@ -12,6 +12,7 @@ from isogrid.training.generation import generate_text
 from isogrid.training.parameters import parameter_groups
 from isogrid.training.pretrained import prepare, restore
 from isogrid.training.schedule import Phase, Schedule, TwoStages
+from isogrid.training.teacher_cache import TeacherCache, store_teacher
 from isogrid.training.teachers import Teacher, teacher
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Phase",
     "Schedule",
     "Teacher",
+    "TeacherCache",
     "ThreePhases",
     "TopK",
     "TwoStages",
@@ -37,6 +39,7 @@ __all__ = [
     "restore",
     "save",
     "save_training",
+    "store_teacher",
     "teacher",
     "to_bitnet",
 ]

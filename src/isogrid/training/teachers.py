@@ -11,7 +11,7 @@ from torch.func import functional_call
 from isogrid.errors import DistillationError
 from isogrid.formats import Quantized, named_format
 from isogrid.layers.coded import CodedLinear
-from isogrid.planning.state import is_prepared, quantizers
+from isogrid.planning.state import STEP_NAME, is_prepared, quantizers
 from isogrid.quantizers import Quantizer
 
 Teacher = Callable[..., Any]
@@ -72,6 +72,10 @@ class OtherTeacher:
     def __init__(self, model: nn.Module):
         self.model = model
 
+    def weights(self) -> dict[str, Tensor]:
+        """The model's tensors by their names."""
+        return dict(self.model.state_dict())
+
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         with torch.no_grad(), evaluating(self.model):
             return self.model(*inputs, **named)
@@ -97,6 +101,14 @@ class SelfTeacher:
     def kept_bytes(self) -> int:
         """Of the tensors that the teacher does not share with the student."""
         return sum(part.numel() * part.element_size() for kept in self._kept.values() for part in _parts(kept))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The teacher's tensors by their names, those that it shares among them."""
+        own = tuple(f"{path}." for path in quantizers(self.model))
+        state = {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith(own)}
+        state.pop(STEP_NAME)
+        kept = {name: kept if isinstance(kept, Tensor) else kept.dequantize() for name, kept in self._kept.items()}
+        return {name: kept.get(name, tensor) for name, tensor in state.items()}
 
     def _check_floats(self) -> None:
         """Raise DistillationError where a weight is kept as codes alone."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from isogrid.api import (
         Artifact,
         BitLinear,
+        Blockwise,
         Distillation,
         LayerLosses,
         Phase,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         teacher,
         to_bitnet,
         to_torchao,
+        train_blockwise,
         unplanned,
         verify,
     )
@@ -53,6 +55,7 @@ except metadata.PackageNotFoundError:  # run from a source tree
 __all__ = [
     "Artifact",
     "BitLinear",
+    "Blockwise",
     "Distillation",
     "IsogridError",
     "LayerLosses",
@@ -84,6 +87,7 @@ __all__ = [
     "teacher",
     "to_bitnet",
     "to_torchao",
+    "train_blockwise",
     "unplanned",
     "verify",
 ]

@@ -23,6 +23,7 @@ from isogrid.planning.state import unplanned as unplanned
 from isogrid.search import fit_types
 from isogrid.targets import Artifact, LoadedModel, load_artifact, target_from_name
 from isogrid.training import (
+    Blockwise,
     Distillation,
     LayerLosses,
     Phase,
@@ -41,6 +42,7 @@ from isogrid.training import (
     store_teacher,
     teacher,
     to_bitnet,
+    train_blockwise,
 )
 from isogrid.verification import VerificationReport, verify_artifact
 
@@ -186,6 +188,7 @@ def to_torchao(model: nn.Module) -> nn.Module:
 __all__ = [
     "Artifact",
     "BitLinear",
+    "Blockwise",
     "Distillation",
     "LayerLosses",
     "Phase",
@@ -215,6 +218,7 @@ __all__ = [
     "teacher",
     "to_bitnet",
     "to_torchao",
+    "train_blockwise",
     "unplanned",
     "verify",
 ]

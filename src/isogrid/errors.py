@@ -51,3 +51,5 @@ class CheckpointError(IsogridError):
 
 class DistillationError(IsogridError):
     """A teacher does not fit its student, or a cache of its logits the data."""
+class MemoryExhaustedError(IsogridError):
+    """A step of training needs more memory than there is; the message names the settings that need less."""

@@ -2,6 +2,7 @@
 
 from isogrid.training.batch_norm import reestimate_batch_norm
 from isogrid.training.bitnet import to_bitnet
+from isogrid.training.blockwise import BlockResult, Blockwise, train_blockwise
 from isogrid.training.calibration import calibrate
 from isogrid.training.checkpoint import load_training, save, save_training
 from isogrid.training.codes import freeze_codes
@@ -16,6 +17,8 @@ from isogrid.training.teacher_cache import TeacherCache, store_teacher
 from isogrid.training.teachers import Teacher, teacher
 
 __all__ = [
+    "BlockResult",
+    "Blockwise",
     "Distillation",
     "LayerLosses",
     "Phase",
@@ -42,4 +45,5 @@ __all__ = [
     "store_teacher",
     "teacher",
     "to_bitnet",
+    "train_blockwise",
 ]

@@ -22,6 +22,7 @@ from isogrid.planning.plan import Plan
 from isogrid.planning.prepare import prepare
 from isogrid.planning.state import prepared_state
 from isogrid.training.codes import code_layers, coded_layers
+from isogrid.training.optimizer_state import load_optimizer, optimizer_parts
 
 MANIFEST = "checkpoint.json"
 FORMAT = 1
@@ -98,8 +99,7 @@ def save_training(folder: str | Path, model: nn.Module, optimizer: Optimizer, ex
         optimizer: of torch.
         extra: JSON data of the caller's: epoch, position in the data, learning-rate schedule.
     """
-    state = optimizer.state_dict()
-    tensors, plain = _split({"state": state["state"], "param_groups": dict(enumerate(state["param_groups"]))})
+    tensors, plain = optimizer_parts(optimizer)
     generators, others = _random_state()
     files = {"model": dict(model.state_dict()), "optimizer": tensors, "random": generators}
     _commit(Path(folder), model, files, {"optimizer": plain, "generators": others, "extra": extra})
@@ -119,17 +119,7 @@ def load_training(folder: str | Path, model: nn.Module, optimizer: Optimizer) ->
         raise CheckpointError(f"{folder} holds a model but no run to resume. It was written by isogrid.save.")
     tensors = _read_tensors(folder, manifest, "model")
     optimizer_tensors, generators = (_read_tensors(folder, manifest, name) for name in ("optimizer", "random"))
-    state = _joined(optimizer_tensors, manifest["optimizer"])
-    groups = state.get("param_groups", {})
-    try:
-        optimizer.load_state_dict(
-            {
-                "state": {int(index): values for index, values in state.get("state", {}).items()},
-                "param_groups": [groups[str(number)] for number in range(len(groups))],
-            }
-        )
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"The optimizer in {folder} does not fit this one: {error}") from error
+    load_optimizer(optimizer, optimizer_tensors, manifest["optimizer"], folder)
     load_state(model, tensors, folder)
     _set_random_state(generators, manifest["generators"])
     extra: dict[str, Any] = manifest["extra"]
@@ -227,32 +217,6 @@ def _read_tensors(folder: Path, manifest: dict[str, Any], name: str) -> dict[str
         return {**tensors, **{alias: tensors[target] for alias, target in entry["aliases"].items()}}
     except (OSError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"The checkpoint {folder} is incomplete: {type(error).__name__}: {error}.") from error
-
-
-def _split(tree: dict[Any, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of nested dictionaries by path, and the dictionaries without them, as JSON has them."""
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Tensor):
-            tensors[f"{prefix}{key}"] = value
-        elif isinstance(value, dict):
-            inner, plain[str(key)] = _split(value, f"{prefix}{key}/")
-            tensors.update(inner)
-        else:
-            plain[str(key)] = value
-    return tensors, plain
-
-
-def _joined(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
-    """What `_split` took apart."""
-    for path, tensor in tensors.items():
-        *parents, last = path.split("/")
-        place = plain
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = tensor
-    return plain
 
 
 def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:

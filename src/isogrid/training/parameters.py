@@ -44,6 +44,17 @@ def parameter_groups(
     ['weights', 'others', '0.weight_quantizer', '0.input_quantizer']
     """
     prepared_state(model)
+    return groups_of(model, lr, weight_decay, scale_lr, relative_scale_lr)
+
+
+def groups_of(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    scale_lr: float | None = None,
+    relative_scale_lr: bool = True,
+) -> list[dict[str, Any]]:
+    """`parameter_groups` of any part of a prepared model."""
     scale_lr = lr if scale_lr is None else scale_lr
     scales = {id(p): (name, q) for name, q in quantizers(model).items() for p in q.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in scales]

@@ -10,6 +10,7 @@ from isogrid.errors import IsogridError
 
 if TYPE_CHECKING:
     from isogrid.api import (
+        AdapterReport,
         Artifact,
         BitLinear,
         Blockwise,
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
         ThreePhases,
         TwoStages,
         VerificationReport,
+        adapter_report,
+        add_adapters,
         adopt,
         calibrate,
         convert,
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
         freeze_codes,
         generate_text,
         load,
+        merge_adapters,
         parameter_groups,
         plan,
         prepare,
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
         to_torchao,
         train_blockwise,
         unplanned,
+        use_adapters,
         verify,
     )
 
@@ -53,6 +58,7 @@ except metadata.PackageNotFoundError:  # run from a source tree
     __version__ = "0.0.0"
 
 __all__ = [
+    "AdapterReport",
     "Artifact",
     "BitLinear",
     "Blockwise",
@@ -68,6 +74,8 @@ __all__ = [
     "TwoStages",
     "VerificationReport",
     "__version__",
+    "adapter_report",
+    "add_adapters",
     "adopt",
     "calibrate",
     "convert",
@@ -77,6 +85,7 @@ __all__ = [
     "freeze_codes",
     "generate_text",
     "load",
+    "merge_adapters",
     "parameter_groups",
     "plan",
     "prepare",
@@ -89,6 +98,7 @@ __all__ = [
     "to_torchao",
     "train_blockwise",
     "unplanned",
+    "use_adapters",
     "verify",
 ]
 

@@ -23,6 +23,7 @@ from isogrid.planning.state import unplanned as unplanned
 from isogrid.search import fit_types
 from isogrid.targets import Artifact, LoadedModel, load_artifact, target_from_name
 from isogrid.training import (
+    AdapterReport,
     Blockwise,
     Distillation,
     LayerLosses,
@@ -31,9 +32,12 @@ from isogrid.training import (
     TeacherCache,
     ThreePhases,
     TwoStages,
+    adapter_report,
+    add_adapters,
     calibrate,
     freeze_codes,
     generate_text,
+    merge_adapters,
     parameter_groups,
     prepare,
     reestimate_batch_norm,
@@ -43,6 +47,7 @@ from isogrid.training import (
     teacher,
     to_bitnet,
     train_blockwise,
+    use_adapters,
 )
 from isogrid.verification import VerificationReport, verify_artifact
 
@@ -186,6 +191,7 @@ def to_torchao(model: nn.Module) -> nn.Module:
 
 
 __all__ = [
+    "AdapterReport",
     "Artifact",
     "BitLinear",
     "Blockwise",
@@ -199,6 +205,8 @@ __all__ = [
     "ThreePhases",
     "TwoStages",
     "VerificationReport",
+    "adapter_report",
+    "add_adapters",
     "adopt",
     "calibrate",
     "convert",
@@ -208,6 +216,7 @@ __all__ = [
     "freeze_codes",
     "generate_text",
     "load",
+    "merge_adapters",
     "parameter_groups",
     "plan",
     "prepare",
@@ -220,5 +229,6 @@ __all__ = [
     "to_torchao",
     "train_blockwise",
     "unplanned",
+    "use_adapters",
     "verify",
 ]

@@ -43,7 +43,7 @@ class CodedLinear(WeightOfCodes, QuantizedLinear):
     def quantized_weight(self) -> Quantized:
         return self.quantized
 
-    def operands(self) -> tuple[Tensor, Tensor | None]:
+    def base_operands(self) -> tuple[Tensor, Tensor | None]:
         return self.codes, self.bias
 
     def weight_operand(self, weight: Tensor) -> Operand | None:

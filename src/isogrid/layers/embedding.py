@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isogrid.formats import Quantized
+from isogrid.layers.adapters import made_of
 from isogrid.layers.integer import IntegerEmbedding, uncounted
 from isogrid.layers.stored import StoredEmbedding
-from isogrid.layers.weights import weight_of
+from isogrid.layers.weights import base_of, weight_of
 from isogrid.quantizers import Quantizer
 
 
@@ -28,7 +29,7 @@ class QuantizedTable(nn.Module):
 
     def table(self) -> Tensor:
         """The table as stored, float [entries, dimension]."""
-        return self.weight_quantizer(weight_of(self))  # type: ignore[no-any-return]
+        return self.weight_quantizer(base_of(self), made_of(self))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def stored_codes(self) -> tuple[Tensor, Tensor]:

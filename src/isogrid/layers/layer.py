@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from isogrid.formats import Format, NativeGrid, Quantized, named_format
 from isogrid.layers import arithmetic
 from isogrid.layers.activation_rule import ActivationRule
+from isogrid.layers.adapters import made_of
 from isogrid.layers.batch_norm import AbsorbedBatchNorm
 from isogrid.layers.clamp import Clamp
 from isogrid.layers.folding import Folded, fold
@@ -17,8 +18,9 @@ from isogrid.layers.integer import StaticGrid
 from isogrid.layers.operations import BilinearOperation
 from isogrid.layers.static import Finish, static_operation
 from isogrid.layers.stored import StoredInput, StoredLinear, with_stored_sums
-from isogrid.layers.weights import weight_of
+from isogrid.layers.weights import base_of
 from isogrid.quantizers import Operand, Quantizer, fake_quantize, quantized_operation
+from isogrid.quantizers.sources import make
 
 Arithmetic = Literal["static", "float", "half"]
 """`static`: whole codes are accumulated and rescaled once. `float`: floating point on dequantised operands. `half`:
@@ -74,13 +76,19 @@ class QuantizedLayer(nn.Module):
         """The float operation of this layer."""
         raise NotImplementedError
 
+    def base_operands(self) -> tuple[Tensor, Tensor | None]:
+        """Weight without adapters, output channels first, and bias of `operation`, before quantisation."""
+        return base_of(self), self.bias
+
     def operands(self) -> tuple[Tensor, Tensor | None]:
-        """Weight, output channels first, and bias of `operation`, before quantisation."""
-        return weight_of(self), self.bias
+        """Weight with its adapters, output channels first, and bias of `operation`, before quantisation."""
+        weight, bias = self.base_operands()
+        made = made_of(self)
+        return weight if made is None else make(weight, made), bias
 
     def weight_operand(self, weight: Tensor) -> Operand | None:
-        """How the weight, as `operands` has it, is quantised now."""
-        return self.weight_quantizer.operand(weight)
+        """How the weight, as `base_operands` has it, is made and quantised now."""
+        return self.weight_quantizer.operand(weight, made=made_of(self))
 
     def quantized_weight(self) -> Quantized:
         """The weight as deployment stores it."""
@@ -99,8 +107,12 @@ class QuantizedLayer(nn.Module):
     def compute(
         self, x: Tensor, operation: BilinearOperation, operands: tuple[Tensor, Tensor | None] | None = None
     ) -> Tensor:
-        """`forward` by an operation whose geometry may differ from call to call, and by given operands."""
-        weight, bias = self.operands() if operands is None else operands
+        """`forward` by an operation whose geometry may differ from call to call, and by given operands.
+
+        The weight among them is without adapters, which are added where it is quantised.
+        """
+        weight, bias = self.base_operands() if operands is None else operands
+        made = made_of(self)
         if self.input_quantizer is not None and not self.input_on_grid:
             self.input_quantizer.observe(x)
         x = self.arrange_input(x)
@@ -108,6 +120,8 @@ class QuantizedLayer(nn.Module):
         if self.input_rule is not None and self.weight_quantizer.enabled:
             x_operand = self.input_rule.operand._replace(strength=self.weight_quantizer.strength_now)
         weight_operand = self.weight_operand(weight)
+        if weight_operand is None and made is not None:
+            weight = make(weight, made)
         if self.arithmetic == "half" and weight_operand is not None:
             return half_product(operation, x, fake_quantize(weight, weight_operand), bias)
         if self._computes_static(x_operand, weight_operand):

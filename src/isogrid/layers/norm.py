@@ -9,7 +9,7 @@ from isogrid.layers.batch_norm import AbsorbedBatchNorm1d, AbsorbedBatchNorm2d, 
 from isogrid.layers.integer import IntegerConvolution
 from isogrid.layers.layer import QuantizedLayer
 from isogrid.layers.operations import ConvolutionOperation
-from isogrid.layers.weights import weight_of
+from isogrid.layers.weights import base_of
 
 
 class QuantizedBatchNorm(QuantizedLayer):
@@ -24,11 +24,11 @@ class QuantizedBatchNorm(QuantizedLayer):
 
     @property
     def operation(self) -> ConvolutionOperation:
-        rank = weight_of(self).dim() - 2
+        rank = base_of(self).dim() - 2
         return ConvolutionOperation((1,) * rank, (0,) * rank, (1,) * rank, self.num_features)
 
-    def operands(self) -> tuple[Tensor, Tensor | None]:
-        return weight_of(self), None
+    def base_operands(self) -> tuple[Tensor, Tensor | None]:
+        return base_of(self), None
 
     def forward(self, input: Tensor) -> Tensor:
         with torch._C.DisableTorchFunction():

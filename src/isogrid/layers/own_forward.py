@@ -29,7 +29,7 @@ class OwnForward(QuantizedLayer):
     def _product(self, product: Product) -> Tensor:
         return self.compute(product.x, product.operation, (product.weight, product.bias))
 
-    def operands(self) -> tuple[Tensor, Tensor | None]:
+    def base_operands(self) -> tuple[Tensor, Tensor | None]:
         found = computed_product(self)
         return found.weight, found.bias
 

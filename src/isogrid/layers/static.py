@@ -125,7 +125,7 @@ class _Static:
 
     def split(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
         """What belongs to input, weight and output."""
-        first, second = len(self.x.names), len(self.x.names) + len(self.weight.names)
+        first, second = self.x.count, self.x.count + self.weight.count
         return tuple(tensors[:first]), tuple(tensors[first:second]), tuple(tensors[second:])
 
     def ending(self, factor: bool = False, shift: bool = False) -> _Ending:
@@ -202,7 +202,8 @@ class _StaticOperation(torch.autograd.Function):
                 (codes,) = fixed.x.apply(_codes, x, x_tensors)
                 accumulator = fixed.multiply(codes, weight, x_tensors, weight_tensors)
                 # Codes cannot be NaN, but the output must be.
-                step = torch.where(x.isnan().any() | weight.isnan().any(), torch.nan, step)
+                made = fixed.weight.made(weight, weight_tensors)
+                step = torch.where(x.isnan().any() | made.isnan().any(), torch.nan, step)
             else:
                 units, *codes_if_on_grid = fixed.x.apply(_units_and_codes if fixed.x.on_grid else _units, x, x_tensors)
                 codes = codes_if_on_grid[0] if codes_if_on_grid else x
@@ -272,11 +273,11 @@ class _StaticOperation(torch.autograd.Function):
             )
         if x_gradient is not None:
             x_gradient, x_rest = fixed.x.backward(x_gradient, x, x_tensors)
-            x_gradient = x_gradient.to(ctx.x_dtype)
+            x_gradient = None if x_gradient is None else x_gradient.to(ctx.x_dtype)
         if weight_gradient is not None:
             weight_gradient = weight_gradient * (x_scale / weight_affine.scale)
             weight_gradient, weight_rest = fixed.weight.backward(weight_gradient, weight, weight_tensors)
-            weight_gradient = weight_gradient.to(weight.dtype)
+            weight_gradient = None if weight_gradient is None else weight_gradient.to(weight.dtype)
         factor_gradient = None if factor_gradient is None else factor_gradient.reshape(factor.shape)
         shift_gradient = None if shift_gradient is None else shift_gradient.reshape(shift.shape)
         gradients = (x_gradient, weight_gradient, factor_gradient, shift_gradient, None, None, None)

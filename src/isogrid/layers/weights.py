@@ -10,21 +10,32 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from isogrid.layers.adapters import made_of
 from isogrid.layers.intercept import computed_product, own_class
+from isogrid.quantizers.sources import make
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """A layer's weight with the output channels first, differentiable with respect to what it is computed from.
+    """A layer's weight as it is quantised, with the output channels first, differentiable.
+
+    It is the sum of `base_of(module)` and of the layer's adapters.
+    """
+    base, made = base_of(module), made_of(module)
+    return base if made is None else make(base, made)
+
+
+def base_of(module: nn.Module) -> Tensor:
+    """A layer's weight without its adapters, output channels first, differentiable by what it is computed from.
 
     Computed are weights that are parametrised (`torch.nn.utils.parametrizations`), normed by a hook, pruned, or made by
     the forward of a class that extends a layer. The weight of a transposed convolution, [in, out / groups, *kernel] in
     PyTorch, becomes [out, in / groups, *kernel]. A batch norm is a convolution of each channel by 1, [channels, 1, *1],
     before its factor.
 
-    >>> weight_of(nn.ConvTranspose2d(4, 6, 3, groups=2)).shape
+    >>> base_of(nn.ConvTranspose2d(4, 6, 3, groups=2)).shape
     torch.Size([6, 2, 3, 3])
     """
     layer: Any = module

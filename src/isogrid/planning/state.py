@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.errors import PlanError
+from isogrid.layers.adapters import AdapterSpec
 from isogrid.layers.batch_norm import AbsorbedBatchNorm
 from isogrid.layers.scope import unplanned as calls_unplanned
 from isogrid.planning.plan import Plan
@@ -20,9 +21,15 @@ STEP_NAME = "isogrid_step"
 
 @dataclass(frozen=True)
 class PreparedState:
-    """The plan of a prepared model."""
+    """The plan of a prepared model, and the adapters that it was given.
+
+    Attributes:
+        plan: of `isogrid.plan`.
+        adapters: in the order in which they were added.
+    """
 
     plan: Plan
+    adapters: tuple[AdapterSpec, ...] = ()
 
 
 def add_state(model: nn.Module, plan: Plan) -> None:

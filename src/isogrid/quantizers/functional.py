@@ -18,6 +18,7 @@ from isogrid.formats.granularity import Shape
 from isogrid.quantizers.blocks import Blocks
 from isogrid.quantizers.compiled import Elementwise, Results, Tensors, run
 from isogrid.quantizers.estimators import Estimator, Position
+from isogrid.quantizers.sources import Made
 
 STRENGTH = "strength"
 """The name under which the strength of a ramp travels beside the affine parameters."""
@@ -34,6 +35,8 @@ class Operand(NamedTuple):
         on_grid: the input already lies on this grid, so that quantising it again changes nothing: the
             gradient passes unchanged and codes are saved instead of values.
         coded: the tensor given is not the input but its frozen codes in bytes; None for an input as it is.
+        made: what the operand is computed from, beside the tensor that is given in its place; backward computes it
+            again, so that it is never kept.
     """
 
     format: Format
@@ -43,6 +46,7 @@ class Operand(NamedTuple):
     strength: Tensor | None = None
     on_grid: bool = False
     coded: "Coded | None" = None
+    made: Made | None = None
 
 
 @dataclass(frozen=True)
@@ -131,19 +135,26 @@ def take_apart(operand: Operand | None) -> "tuple[Quantization, tuple[Tensor, ..
         return Quantization(None, ()), ()
     named = {**operand.affine._asdict(), **operand.tensors, STRENGTH: operand.strength}
     present = {name: tensor for name, tensor in named.items() if tensor is not None}
+    made = () if operand.made is None else operand.made.tensors
     kind = Quantization if operand.coded is None else CodedQuantization
-    return kind(operand, tuple(present)), tuple(present.values())
+    return kind(operand, tuple(present)), (*present.values(), *made)
 
 
 class Quantization:
     """The part of an operand that is no tensor, and the names of those that are; no operand leaves x as it is.
 
-    All methods but `stored` take the tensors that `stored` returns.
+    All methods but `stored` take the tensors that `stored` returns: those with names, then those that x is made of.
+
+    Attributes:
+        count: of tensors.
     """
 
     def __init__(self, operand: Operand | None, names: tuple[str, ...]):
         self.names = names
         self.quantizes = operand is not None
+        made = None if operand is None else operand.made
+        self.source = None if made is None else made.source
+        self.count = len(names) + (0 if made is None else len(made.tensors))
         if operand is not None:
             self.format, self.estimator, self.on_grid = operand.format, operand.estimator, operand.on_grid
             self.coded: Any = operand.coded
@@ -152,14 +163,22 @@ class Quantization:
         """The tensors, with scale, zero point and offset as they are stored; detached."""
         if not self.quantizes:
             return ()
-        named = {name: tensor.detach() for name, tensor in zip(self.names, tensors, strict=True)}
-        stored = self.format.stored(self.affine(tuple(named.values())))._asdict()
-        return tuple([stored.get(name, tensor) for name, tensor in named.items()])
+        named = {name: tensor.detach() for name, tensor in self._named(tensors)}
+        stored = self.format.stored(self.affine(tensors))._asdict()
+        made = [tensor.detach() for tensor in tensors[len(self.names) :]]
+        return (*[stored[name] if name in Affine._fields else tensor for name, tensor in named.items()], *made)
 
     def affine(self, tensors: tuple[Tensor, ...]) -> Affine:
-        """Those of the tensors that are affine parameters."""
-        named = dict(zip(self.names, tensors, strict=True))
+        """Those of the tensors that are affine parameters, detached."""
+        named = {name: tensor.detach() for name, tensor in self._named(tensors)}
         return Affine(*[named.get(name) for name in Affine._fields])
+
+    def made(self, x: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        """What is quantised in the place of x."""
+        return x if self.source is None else self.source.forward(x, tensors[len(self.names) :])
+
+    def _named(self, tensors: tuple[Tensor, ...]) -> list[tuple[str, Tensor]]:
+        return list(zip(self.names, tensors[: len(self.names)], strict=True))
 
     def forward(self, x: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
         """x quantised and blended, in x's dtype."""
@@ -167,27 +186,34 @@ class Quantization:
 
     def apply(self, function: Elementwise, x: Tensor, tensors: tuple[Tensor, ...]) -> list[Tensor]:
         """The results, each of x's shape, of a function that takes a `Rule`, the rows of x and the parts of a rule."""
+        x = self.made(x, tensors)
         blocks, rule, rows, whole = self._arrange(x, tensors)
         results = run(function, rule, (blocks.cut(x), *rows), whole)
         return [blocks.join(values) for values in results.rows if values is not None]
 
     def backward(
         self, gradient: Tensor, x: Tensor, tensors: tuple[Tensor, ...], shape: Shape | None = None
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """Gradients of x and of each named tensor; x may stand for a tensor of another shape."""
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Gradients of x and of each tensor; x may stand for a tensor of another shape."""
         if not self.quantizes or self.on_grid:
-            return gradient, [None] * len(self.names)
+            return gradient, [None] * self.count
+        given, x = x, self.made(x, tensors)
         blocks, rule, rows, whole = self._arrange(x, tensors)
         results = run(_backward, rule, (blocks.cut(gradient), blocks.cut(x), *rows), whole)
         x_gradient, *row_gradients = results.rows
         assert x_gradient is not None
         found = dict(zip((*rule.rows, *rule.whole), (*row_gradients, *results.whole), strict=True))
         own = {name: found[name] for name in self.names}
-        for name, tensor in zip(self.names, tensors, strict=True):
+        for name, tensor in self._named(tensors):
             gradient_part = own[name]
             if gradient_part is not None and name not in Affine._fields and tensor.shape == x.shape:
                 own[name] = blocks.join(gradient_part)
-        return blocks.join(x_gradient), self.finished(shape or tuple(x.shape), tensors, tuple(own.values()))
+        rest = self.finished(shape or tuple(x.shape), tensors, tuple(own.values()))
+        if self.source is None:
+            return blocks.join(x_gradient), rest
+        del x  # two tensors of its size are enough
+        given_gradient, parts = self.source.backward(blocks.join(x_gradient), given, tensors[len(self.names) :])
+        return given_gradient, [*rest, *parts]
 
     def finished(
         self, shape: Shape, tensors: tuple[Tensor, ...], gradients: Sequence[Tensor | None]
@@ -199,7 +225,7 @@ class Quantization:
         factor = self.estimator.gradient_scale(self.format, shape, scale_shape)
         return [
             None if found is None else found.reshape(tensor.shape) * (factor if name in Affine._fields else 1.0)
-            for name, tensor, found in zip(self.names, tensors, gradients, strict=True)
+            for (name, tensor), found in zip(self._named(tensors), gradients, strict=True)
         ]
 
     def _arrange(self, x: Tensor, tensors: tuple[Tensor, ...]) -> "tuple[Blocks, Rule, tuple[Tensor, ...], Tensors]":
@@ -208,7 +234,7 @@ class Quantization:
         blocks = Blocks.of(x, self.format, None if scale is None else tuple(scale.shape))
         rows: dict[str, Tensor] = {}
         whole: dict[str, Tensor] = {}
-        for name, tensor in zip(self.names, tensors, strict=True):
+        for name, tensor in self._named(tensors):
             if name in Affine._fields:
                 view, is_aligned = tensor.reshape(blocks.scale_view), True
             else:
@@ -319,7 +345,7 @@ class _QuantizedOperation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, fixed: Any, *tensors: Tensor) -> Tensor:
         operation, x_fixed, weight_fixed = fixed
-        count = len(x_fixed.names)
+        count = x_fixed.count
         x_tensors, weight_tensors = x_fixed.stored(tensors[:count]), weight_fixed.stored(tensors[count:])
         ctx.save_for_backward(x, weight, *x_tensors, *weight_tensors)
         ctx.fixed = fixed
@@ -330,7 +356,7 @@ class _QuantizedOperation(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         operation, x_fixed, weight_fixed = ctx.fixed
         x, weight, *tensors = ctx.saved_tensors
-        count = len(x_fixed.names)
+        count = x_fixed.count
         x_tensors, weight_tensors = tuple(tensors[:count]), tuple(tensors[count:])
         needs_x = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[4 : 4 + count])
         needs_weight = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[4 + count :])

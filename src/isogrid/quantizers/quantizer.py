@@ -14,6 +14,7 @@ from isogrid.quantizers.functional import Operand, fake_quantize, initial_tensor
 from isogrid.quantizers.nested import is_nested, refined
 from isogrid.quantizers.observer import Observer
 from isogrid.quantizers.ranges import Range
+from isogrid.quantizers.sources import Made, make
 
 ScaleRule = Literal["learned", "frozen", "moving", "dynamic"]
 """How a scale lives: a parameter; fixed once calibrated; a moving average of what passes; new from each tensor."""
@@ -107,22 +108,29 @@ class Quantizer(nn.Module):
         """Whether a range has been set; dynamic quantizers need none."""
         return self._is_calibrated
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [...] as the runtime reads it after storage, in x's dtype; x itself while not enabled."""
-        operand = self.observed_operand(x)
-        return x if operand is None else fake_quantize(x, operand)
+    def forward(self, x: Tensor, made: Made | None = None) -> Tensor:
+        """x [...], or what is made of it, as the runtime reads it after storage, in x's dtype.
+
+        While not enabled, as it is.
+        """
+        self.observe(x)
+        operand = self.operand(x, made=made)
+        if operand is None:
+            return x if made is None else make(x, made)
+        return fake_quantize(x, operand)
 
     def observed_operand(self, x: Tensor) -> Operand | None:
         """How x is quantised, after the range has followed it."""
         self.observe(x)
         return self.operand(x)
 
-    def operand(self, x: Tensor, on_grid: bool = False) -> Operand | None:
+    def operand(self, x: Tensor, on_grid: bool = False, made: Made | None = None) -> Operand | None:
         """How x is quantised now; None while not enabled.
 
         Args:
             x: the tensor to be quantised; dynamic quantizers read it.
             on_grid: x already lies on this quantizer's grid.
+            made: what is quantised in the place of x is computed from it.
 
         Raises:
             NotCalibratedError: enabled, but without a range.
@@ -134,7 +142,8 @@ class Quantizer(nn.Module):
                 "A quantizer has seen no data. Run isogrid.calibrate(model, batches) before training or evaluation, "
                 "or let a Schedule with an observe phase do it."
             )
-        return Operand(self.format, self.estimator, self.affine(x), self._tensors(x), self.strength_now, on_grid)
+        affine = self.affine(made.of(x) if made is not None and self.scale_rule == "dynamic" else x)
+        return Operand(self.format, self.estimator, affine, self._tensors(x), self.strength_now, on_grid, made=made)
 
     @property
     def strength_now(self) -> Tensor | None:

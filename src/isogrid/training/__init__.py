@@ -1,5 +1,6 @@
-"""Training: calibration, distillation, the schedule, parameter groups and checkpoints."""
+"""Training: calibration, distillation, adapters, the schedule, parameter groups and checkpoints."""
 
+from isogrid.training.adapters import AdapterReport, adapter_report, add_adapters, merge_adapters, use_adapters
 from isogrid.training.batch_norm import reestimate_batch_norm
 from isogrid.training.bitnet import to_bitnet
 from isogrid.training.blockwise import BlockResult, Blockwise, train_blockwise
@@ -17,6 +18,7 @@ from isogrid.training.teacher_cache import TeacherCache, store_teacher
 from isogrid.training.teachers import Teacher, teacher
 
 __all__ = [
+    "AdapterReport",
     "BlockResult",
     "Blockwise",
     "Distillation",
@@ -28,6 +30,8 @@ __all__ = [
     "ThreePhases",
     "TopK",
     "TwoStages",
+    "adapter_report",
+    "add_adapters",
     "calibrate",
     "confidence",
     "feature_loss",
@@ -35,6 +39,7 @@ __all__ = [
     "generate_text",
     "kl_divergence",
     "load_training",
+    "merge_adapters",
     "parameter_groups",
     "prepare",
     "reestimate_batch_norm",
@@ -46,4 +51,5 @@ __all__ = [
     "teacher",
     "to_bitnet",
     "train_blockwise",
+    "use_adapters",
 ]

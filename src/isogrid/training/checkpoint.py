@@ -18,9 +18,11 @@ from torch.optim import Optimizer
 
 from isogrid.errors import CheckpointError, PlanError
 from isogrid.files import digest, rename, write_json, write_whole
+from isogrid.layers.adapters import AdapterSpec
 from isogrid.planning.plan import Plan
 from isogrid.planning.prepare import prepare
 from isogrid.planning.state import prepared_state
+from isogrid.training.adapters import attach, use_adapters
 from isogrid.training.codes import code_layers, coded_layers
 from isogrid.training.optimizer_state import load_optimizer, optimizer_parts
 
@@ -30,7 +32,7 @@ FORMAT = 1
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
-    """Write a prepared model: all parameters and buffers, the plan and the schedule's position.
+    """Write a prepared model: all parameters and buffers, the plan, adapters, what trains, the schedule's position.
 
     Args:
         model: prepared.
@@ -70,10 +72,22 @@ def restore(float_model: nn.Module, folder: str | Path) -> nn.Module:
     try:
         prepare(float_model, plan)
         code_layers(float_model, in_codes)
+        _train_the_same(float_model, manifest)
     except PlanError as error:
         raise CheckpointError(f"The checkpoint {folder} is of another model: {error}") from error
     load_state(float_model, tensors, folder)
     return float_model
+
+
+def _train_the_same(model: nn.Module, manifest: dict[str, Any]) -> None:
+    """Add the adapters that a saved model had, and freeze what was frozen."""
+    specs = [AdapterSpec.from_json(entry) for entry in manifest.get("adapters", [])]
+    for spec in specs:
+        attach(model, spec)
+    if specs:
+        use_adapters(model, *[spec.name for spec in specs if spec.active])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in manifest.get("frozen", ()) and parameter.requires_grad)
 
 
 def _check_fits(float_model: nn.Module, tensors: dict[str, Tensor], in_codes: set[str], source: Path) -> None:
@@ -159,7 +173,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _commit(folder: Path, model: nn.Module, files: dict[str, dict[str, Tensor]], rest: dict[str, Any]) -> None:
-    plan = json.loads(prepared_state(model).plan.to_json())
+    state = prepared_state(model)
+    described = {
+        "plan": json.loads(state.plan.to_json()),
+        "coded": coded_layers(model),
+        "adapters": [spec.to_json() for spec in state.adapters],
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+    }
     # A run that was killed while it wrote may have left drafts.
     previous = {*folder.glob("*.safetensors"), *folder.glob(".*.new.*")} if folder.is_dir() else set()
     entries: dict[str, Any] = {}
@@ -168,8 +188,7 @@ def _commit(folder: Path, model: nn.Module, files: dict[str, dict[str, Tensor]],
         for name, tensors in files.items():
             path, entries[name] = _write_tensors(folder, name, tensors)
             written.add(path)
-        inside = {"format": FORMAT, "plan": plan, "files": entries, "coded": coded_layers(model), **rest}
-        write_json(folder / MANIFEST, inside)
+        write_json(folder / MANIFEST, {"format": FORMAT, **described, "files": entries, **rest})
     except BaseException:
         _delete(written - previous)
         raise

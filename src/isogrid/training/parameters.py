@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from isogrid.errors import NotCalibratedError
+from isogrid.errors import NotCalibratedError, PlanError
+from isogrid.layers.adapters import Adapters
 from isogrid.planning.state import prepared_state, quantizers
 
 
@@ -15,7 +16,7 @@ def parameter_groups(
     scale_lr: float | None = None,
     relative_scale_lr: bool = True,
 ) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer: weights with decay, biases and norms without, scales by themselves.
+    """Groups for a torch optimizer: adapters and weights with decay, biases and norms without, scales by themselves.
 
     Adam moves every parameter by about its learning rate a step, whatever the gradient; so the learning rate of a scale
     is a share of the scale itself: each quantizer gets a group with `scale_lr` times its mean scale, of whatever sign.
@@ -32,7 +33,7 @@ def parameter_groups(
         Groups with `name`, `params`, `lr` and `weight_decay`; each trainable parameter is in exactly one.
 
     Raises:
-        PlanError: the model is not prepared.
+        PlanError: the model is not prepared, or nothing in it trains.
         NotCalibratedError: a learned scale has no value yet that its learning rate could be a share of.
 
     >>> import isogrid as ig, torch
@@ -57,8 +58,17 @@ def groups_of(
     """`parameter_groups` of any part of a prepared model."""
     scale_lr = lr if scale_lr is None else scale_lr
     scales = {id(p): (name, q) for name, q in quantizers(model).items() for p in q.parameters()}
-    trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in scales]
+    low_rank = {id(p) for module in model.modules() if isinstance(module, Adapters) for p in module.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise PlanError(
+            "Nothing in this model trains: all its parameters are frozen. Add adapters with isogrid.add_adapters, or "
+            "let some parameters train again with requires_grad_(True)."
+        )
+    adapters = [p for p in trained if id(p) in low_rank]
+    trainable = [p for p in trained if id(p) not in scales and id(p) not in low_rank]
     groups: list[dict[str, Any]] = [
+        {"name": "adapters", "params": adapters, "lr": lr, "weight_decay": weight_decay},
         {"name": "weights", "params": [p for p in trainable if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
         {"name": "others", "params": [p for p in trainable if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
     ]

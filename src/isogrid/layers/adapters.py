@@ -1,0 +1,132 @@
+"""Adapters inside layers: low-rank updates that are added to a weight before it is quantised.
+
+The layer computes with `Q(W + BA)`, not with `Q(W) + BA`: what is stored after merging is what was trained.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isogrid.quantizers.sources import LowRank, Made, Magnitudes
+
+ATTRIBUTE = "adapters"
+"""Of a layer: its `Adapters`."""
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """One adapter of a model, as checkpoints keep it.
+
+    Attributes:
+        name: of the adapter.
+        rank: of the update of each layer.
+        alpha: the update is multiplied by `alpha / rank`, or by `alpha / √rank` where it is stabilised.
+        layers: paths of the layers that own it.
+        dora: the norm of each row of the weight trains too.
+        rank_stabilized: rsLoRA (arXiv 2312.03732).
+        active: it is added to the weights.
+    """
+
+    name: str
+    rank: int
+    alpha: float
+    layers: tuple[str, ...]
+    dora: bool = False
+    rank_stabilized: bool = False
+    active: bool = True
+
+    @property
+    def scaling(self) -> float:
+        """What BA is multiplied by.
+
+        >>> AdapterSpec("default", rank=16, alpha=32, layers=()).scaling
+        2.0
+        """
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    def to_json(self) -> dict[str, Any]:
+        """As `from_json` reads it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "AdapterSpec":
+        """The adapter of a checkpoint."""
+        return cls(**{**data, "layers": tuple(data["layers"])})
+
+
+class Adapter(nn.Module):
+    """One low-rank update of a weight [out, ...]: `scaling · B A`.
+
+    A starts uniform and B at zero, as in LoRA (Hu et al., arXiv 2106.09685), so that nothing changes at first.
+
+    Args:
+        weight: the layer's, output channels first; its shape, device and dtype are taken.
+        rank: of the update.
+        scaling: s.
+        dora: learn the norm of each row too, from that of the weight: DoRA (arXiv 2402.09353).
+
+    Attributes:
+        A, B: parameters [rank, all dimensions of the weight but the first] and [out, rank]; float32 at least.
+        magnitude: parameter [out], or None.
+
+    >>> adapter = Adapter(torch.ones(6, 4), rank=2, scaling=0.5)
+    >>> adapter.A.shape, adapter.B.shape
+    (torch.Size([2, 4]), torch.Size([6, 2]))
+    """
+
+    magnitude: nn.Parameter | None
+
+    def __init__(self, weight: Tensor, rank: int, scaling: float, dora: bool = False):
+        super().__init__()
+        rows = weight.detach().flatten(1)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.rank, self.scaling = rank, scaling
+        self.A = nn.Parameter(torch.empty(rank, rows.shape[1], dtype=dtype, device=weight.device))
+        self.B = nn.Parameter(torch.zeros(len(rows), rank, dtype=dtype, device=weight.device))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        norms = torch.linalg.vector_norm(rows.to(dtype), dim=1) if dora else None
+        self.register_parameter("magnitude", None if norms is None else nn.Parameter(norms))
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scaling={self.scaling:g}" + (", dora" if self.magnitude is not None else "")
+
+
+class Adapters(nn.ModuleDict):
+    """The adapters of one layer by name.
+
+    Attributes:
+        active: names of those that are added to the weight.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: tuple[str, ...] = ()
+
+    def made(self) -> Made | None:
+        """How the weight is made with the active adapters; None without any."""
+        chosen: list[Any] = [self[name] for name in self.active]
+        if not chosen:
+            return None
+        update = LowRank(tuple(adapter.scaling for adapter in chosen))
+        pairs = tuple(tensor for adapter in chosen for tensor in (adapter.A, adapter.B))
+        magnitudes = tuple(adapter.magnitude for adapter in chosen if adapter.magnitude is not None)
+        return Made(Magnitudes(update), (*magnitudes, *pairs)) if magnitudes else Made(update, pairs)
+
+    def extra_repr(self) -> str:
+        return f"active={', '.join(self.active) or 'none'}"
+
+
+def adapters_of(module: nn.Module) -> Adapters | None:
+    """The adapters of a layer, which may be those of another layer with the same weight."""
+    found = getattr(module, ATTRIBUTE, None)
+    return found if isinstance(found, Adapters) else None
+
+
+def made_of(module: nn.Module) -> Made | None:
+    """How a layer's weight is made with its active adapters; None where it has none."""
+    adapters = adapters_of(module)
+    return None if adapters is None else adapters.made()

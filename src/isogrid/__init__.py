@@ -77,6 +77,7 @@ __all__ = [
     "adapter_report",
     "add_adapters",
     "adopt",
+    "adopt_checkpoint",
     "calibrate",
     "convert",
     "export",

@@ -22,6 +22,7 @@ from isogrid.planning.state import is_prepared, prepared_state
 from isogrid.planning.state import unplanned as unplanned
 from isogrid.search import fit_types
 from isogrid.targets import Artifact, LoadedModel, load_artifact, target_from_name
+from isogrid.targets.checkpoints.adopting import adopt_checkpoint as adopt_checkpoint
 from isogrid.training import (
     AdapterReport,
     Blockwise,
@@ -208,6 +209,7 @@ __all__ = [
     "adapter_report",
     "add_adapters",
     "adopt",
+    "adopt_checkpoint",
     "calibrate",
     "convert",
     "export",

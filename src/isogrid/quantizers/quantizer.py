@@ -201,8 +201,14 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
         """Choose the range from one tensor, a weight."""
-        if self.scale_rule != "dynamic" and self.format.scale is not None:
-            self.set_affine(self._fitted(x))
+        derived = self.scale_rule == "dynamic" or self.format.scale is None
+        self.start(x, Affine(None) if derived else self._fitted(x))
+
+    @torch.no_grad()
+    def start(self, x: Tensor, affine: Affine) -> None:
+        """Begin to train on one tensor, a weight, with a given scale, zero point and offset."""
+        if affine.scale is not None:
+            self.set_affine(affine)
         operand = Operand(self.format, self.estimator, self.affine(x), self._tensors(x))
         for name, value in initial_tensors(x, operand).items():
             _assign(operand.tensors[name], value)

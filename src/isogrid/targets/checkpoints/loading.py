@@ -139,7 +139,7 @@ class CheckpointModel(ABC):
     def _layers(self) -> Iterator[tuple[LayerPlan, list[Part]]]:
         """Each quantised layer with the parts that it is stored in."""
         tensors = _tensors(self.artifact)
-        layers = {_weight_name(layer): layer for layer in self.artifact.plan.layers}
+        layers = {weight_name(layer): layer for layer in self.artifact.plan.layers}
         shapes = {name: self._shape(layer)[:-1] for name, layer in layers.items()}
         parts: dict[str, list[Part]] = {}
         for prefix, (source, rows) in converted(self._empty, {}, shapes).rows.items():
@@ -172,7 +172,7 @@ class CheckpointModel(ABC):
 
     def _shape(self, layer: LayerPlan) -> tuple[int, ...]:
         """[out, in], or [experts, out, in]."""
-        return tuple(self._empty.get_parameter(_weight_name(layer)).shape)
+        return tuple(self._empty.get_parameter(weight_name(layer)).shape)
 
 
 def is_stack(layer: LayerPlan) -> bool:
@@ -180,7 +180,8 @@ def is_stack(layer: LayerPlan) -> bool:
     return layer.path.rpartition(".")[2] in STACKS
 
 
-def _weight_name(layer: LayerPlan) -> str:
+def weight_name(layer: LayerPlan) -> str:
+    """The name of a layer's weight in transformers' own state_dict."""
     parent, _, leaf = layer.path.rpartition(".")
     return f"{parent}.{STACKS[leaf]}" if leaf in STACKS else f"{layer.path}.weight"
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 AfterStep = Callable[[int, Tensor], None]
 """Called with the number of steps done and the loss of the last one, float32 []."""
 
+Objective = Callable[[nn.Module, list[Any], Any], Tensor]
+"""Called with the model as it is trained, the inputs of a batch and its target; gives the loss, a scalar."""
+
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
@@ -68,6 +71,7 @@ def fit(
     accelerator: "Accelerator",
     *,
     schedule: Schedule | None = None,
+    objective: Objective | None = None,
     start: int = 0,
     after_step: AfterStep = lambda step, loss: None,
 ) -> nn.Module:
@@ -84,6 +88,7 @@ def fit(
         steps: optimizer steps of the whole run.
         accelerator: of `make_accelerator`.
         schedule: of a prepared model.
+        objective: what gives the loss of a batch; the data's own loss where not given.
         start: steps that are done already.
         after_step: called after each step.
 
@@ -96,6 +101,7 @@ def fit(
     loader = _loader(data.train, settings, start, steps, accelerator)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
+    objective = objective or (lambda trained, inputs, target: data.loss(trained(*inputs), target))
     stages = None if settings.two_stages is None else TwoStages(**settings.two_stages.model_dump())
     trained, accelerated = accelerator.prepare(model, optimizer)
     trained.train()
@@ -111,7 +117,7 @@ def fit(
             seed_everything(mixed_seed(settings.seed, step, part, accelerator.process_index))
             with accelerator.accumulate(trained):
                 with accelerator.autocast():
-                    loss = data.loss(trained(*inputs), target)
+                    loss = objective(trained, inputs, target)
                 accelerator.backward(loss)
                 if settings.clip_norm is not None and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(trained.parameters(), settings.clip_norm)

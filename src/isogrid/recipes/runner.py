@@ -16,6 +16,7 @@ from isogrid.recipes.finishing import RunResult, finish
 from isogrid.recipes.folders import RunFolder
 from isogrid.recipes.language import LanguageData
 from isogrid.recipes.loop import make_accelerator
+from isogrid.recipes.objective import make_objective
 from isogrid.recipes.progress import Progress, Silent
 from isogrid.recipes.schema import Recipe
 from isogrid.recipes.sources import make_data
@@ -142,10 +143,11 @@ def _train(
             monitor.flush()
             save_training(folder.checkpoint, model, optimizer, {"step": step})
 
+    objective, data = make_objective(recipe, model, data, folder, accelerator)
     try:
         train_quantized(
             recipe, model, data, accelerator, progress, f"training {recipe.scheme}",
-            optimizer=optimizer, start=start, after_step=after_step,
+            optimizer=optimizer, objective=objective, start=start, after_step=after_step,
         )  # fmt: skip
     finally:
         if monitor is not None:

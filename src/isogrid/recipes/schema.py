@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from isogrid.errors import IsogridError
+from isogrid.formats import named_format
 from isogrid.planning.rules import Rule, ScaleChoice, scheme_from_name
 
 
@@ -119,6 +120,33 @@ class Training(Optimization):
     checkpoint_every: int = Field(default=100, ge=1, description="Steps between two checkpoints.")
 
 
+class DistillationEntry(Part):
+    """Training from a teacher's distribution instead of labels; `isogrid.Distillation` says what the shares mean."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    task: float = Field(default=0.0, ge=0, le=1, description="Share of the loss on labels; none by default.")
+    reverse: float = Field(default=0.0, ge=0, le=1, description="Share of the reverse divergence.")
+    teacher: NamedSource | None = Field(default=None, description="Another model; if not given, itself in float.")
+    teacher_weights: str | None = Field(default=None, description="Of another model, a .safetensors file.")
+    teacher_format: str | None = Field(default=None, description="In which its own weights rest: int8/channel.")
+    top: int | None = Field(default=None, ge=1, description="Run the teacher once and keep its top classes on disk.")
+    features: dict[str, float] = Field(default_factory=dict, description="Weights of losses on modules' outputs.")
+    relations: dict[str, float] = Field(default_factory=dict, description="Weights of losses on their relations.")
+    heads: int = Field(default=1, ge=1, description="Of the relations.")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "DistillationEntry":
+        if self.top is not None and (self.features or self.relations):
+            raise ValueError("top classes on disk hold no features or relations: leave out top, or these")
+        if self.teacher is None and self.teacher_weights is not None:
+            raise ValueError("teacher_weights are of another model: name it under teacher")
+        if self.teacher is not None and self.teacher_format is not None:
+            raise ValueError("teacher_format says how the float model rests: leave it out, or teacher")
+        if self.teacher_format is not None:
+            _explained(lambda: named_format(str(self.teacher_format)))
+        return self
+
+
 class Calibration(Part):
     """What chooses the ranges before training."""
 
@@ -145,6 +173,7 @@ class Recipe(Part):
     rules: list[RuleEntry] = Field(default_factory=list, description="First match wins; the scheme decides the rest.")
     calibration: Calibration = Field(default_factory=Calibration)
     schedule: ScheduleEntry = Field(default_factory=ScheduleEntry)
+    distillation: DistillationEntry | None = Field(default=None, description="Learn from a teacher, not from labels.")
     training: Training = Field(description="How long: `epochs` or `steps`; the rest has defaults.")
     controls: bool = Field(
         default=False, description="Also report PTQ, and the float model trained for as many more steps."

@@ -15,7 +15,7 @@ from isogrid.errors import RecipeError
 from isogrid.files import write_whole
 from isogrid.planning.plan import Plan
 from isogrid.recipes.data import Batches, Data, collate, size
-from isogrid.recipes.loop import OPTIMIZERS, fit, float_groups, on_device, seed_everything
+from isogrid.recipes.loop import OPTIMIZERS, Objective, fit, float_groups, on_device, seed_everything
 from isogrid.recipes.progress import Pace, Progress
 from isogrid.recipes.schema import Optimization, Recipe, Training
 from isogrid.recipes.sources import make_model
@@ -135,6 +135,7 @@ def train_quantized(
     title: str,
     *,
     optimizer: Optimizer | None = None,
+    objective: Objective | None = None,
     start: int = 0,
     after_step: Callable[[int, torch.Tensor], None] = lambda step, loss: None,
 ) -> nn.Module:
@@ -151,5 +152,5 @@ def train_quantized(
 
         return fit(
             model, optimizer, data, recipe.training, steps, accelerator,
-            schedule=schedule, start=start, after_step=step_done,
+            schedule=schedule, objective=objective, start=start, after_step=step_done,
         )  # fmt: skip

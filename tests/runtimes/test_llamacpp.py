@@ -19,6 +19,7 @@ from tests.targets.language_models import SPECIFIC, language_model, prepared_mod
 pytestmark = pytest.mark.runtime("llamacpp")
 
 FORMATS = ("float16", "bfloat16", *gguf_tensors.FORMATS.values(), "ternary/tensor:scale=float16")
+EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 GELU = {"gpt2": "mlp.c_proj.linear", "gemma2": "mlp.down_proj", "gemma3": "mlp.down_proj"}
 """Families whose activation function is a table of float16 in llama.cpp, and the layer that reads it."""
 
@@ -31,6 +32,19 @@ def test_float_models_are_the_same(family: str, tmp_path: Path) -> None:
         expected = model(input_ids=tokens()).logits
     difference = (file(tokens()) - expected).abs().max() / expected.abs().max()
     assert difference < (1e-3 if family in GELU else 3e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "weight"), [("mixtral", "q4_0"), ("mixtral", "q4_1"), ("qwen3_moe", "q8_0"), ("gpt_oss", "mxfp4")]
+)
+def test_experts(family: str, weight: str, tmp_path: Path) -> None:
+    model = prepared_model(family, weight)
+    report = ig.verify(model, ig.export(model, tmp_path / "model.gguf"), [{"input_ids": tokens()}])
+    assert all(check.holds for check in (*report.parameters, *report.replays, *report.graph)), str(report)
+    products = {check.name: check.max_difference for check in report.replays if check.name.endswith("ection.output")}
+    assert len(products) == 4 and max(products.values()) <= 1e-6
+    assert sum("MUL_MAT_ID" in check.operator for check in report.graph) == 4
+    assert report.end_to_end.kl < 1e-3 and not report.problems
 
 
 @pytest.mark.parametrize("weight", FORMATS)
@@ -54,7 +68,7 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     model = prepared_model(family, "q4_k")
     report = ig.verify(model, ig.export(model, tmp_path / "model.gguf"), [{"input_ids": tokens()}])
     products = [check for check in report.replays if check.name.endswith(".output")]
-    assert len(products) == {"gpt2": 9, "phi3": 9}.get(family, 15)
+    assert len(products) == {"gpt2": 9, "phi3": 9, **dict.fromkeys(EXPERTS, 13)}.get(family, 15)
     assert max(check.max_difference for check in products) <= 1e-6
     assert sum(check.differing for check in report.parameters) == 0
     assert all(check.holds for check in (*report.replays, *report.graph)) and not report.problems

@@ -15,11 +15,16 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 GEMMA = {"query_pre_attn_scalar": 64, "sliding_window": 8, "tie_word_embeddings": True, "head_dim": 64}
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+GPT_OSS = {"head_dim": 64, "sliding_window": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 SPECIFIC: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {"head_dim": 128, "attention_bias": True}),
     "mistral": ("MistralForCausalLM", "MistralConfig", {"head_dim": 64, "sliding_window": 48}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {}),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 64, "tie_word_embeddings": True}),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", EXPERTS),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**EXPERTS, "head_dim": 64, "moe_intermediate_size": 256}),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {**EXPERTS, **GPT_OSS}),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", {}),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**GEMMA, "attn_implementation": "eager"}),
     "gemma3": (
@@ -55,8 +60,8 @@ def tokens(rows: int = 2, length: int = 24) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def prepared_model(family: str, weight: str, rules: Any = (), **options: Any) -> nn.Module:
-    """A model with all weights in one format of llama.cpp's."""
+def prepared_model(family: str, weight: str, rules: Any = (), range: str = "mse", **options: Any) -> nn.Module:
+    """A model with all weights in one format of llama.cpp's; absmax is the range that takes no time."""
     model = language_model(family, **options)
-    rules = [*rules, ig.Rule(match="*", weight=weight)]
+    rules = [*rules, ig.Rule(match="*", weight=weight, range=range)]
     return ig.prepare(model, ig.plan(model, scheme="q8_0", rules=rules, example_inputs={"input_ids": tokens()}))

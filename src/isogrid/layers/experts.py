@@ -115,7 +115,7 @@ class SeparateExperts(TakenApart):
         """hidden_states [tokens, hidden], experts and their weights [tokens, chosen] to [tokens, hidden]."""
         module: Any = self
         chosen = top_k_index.shape[-1]
-        expert, order = top_k_index.reshape(-1).sort()
+        expert, order = top_k_index.reshape(-1).sort(stable=True)
         experts = torch.arange(module.num_experts, device=expert.device)
         ends = tuple(torch.searchsorted(expert, experts, right=True).tolist())
         inner = (module.gate_up_projection if self.has_gate else module.up_projection)(

@@ -133,19 +133,21 @@ class QuantizedLayer(nn.Module):
             y = operation.forward(x, weight, bias)
         else:
             y = quantized_operation(operation, x, weight, bias, x_operand, weight_operand)
-            y = self._with_stored_sums(y, x, weight_operand)
+            y = self._with_stored_sums(y, x, weight_operand, operation)
         if self.batch_norm is not None:
             y = self.batch_norm.normalize(y)
         y = y if self.clamp is None else self.clamp(y)
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
-    def _with_stored_sums(self, y: Tensor, x: Tensor, weight_operand: Operand | None) -> Tensor:
+    def _with_stored_sums(
+        self, y: Tensor, x: Tensor, weight_operand: Operand | None, operation: BilinearOperation
+    ) -> Tensor:
         """The output y of the float arithmetic, with what the runtime's sums of its input differ."""
         if self.input_rule is None or weight_operand is None or weight_operand.affine.offset is None:
             return y
         offset = weight_operand.format.stored(weight_operand.affine).offset
         assert offset is not None
-        return with_stored_sums(y, x, offset, self.input_rule)
+        return with_stored_sums(y, x, offset, self.input_rule, operation)
 
     def _computes_static(self, x_operand: Operand | None, weight_operand: Operand | None) -> bool:
         if self.arithmetic != "static" or x_operand is None or weight_operand is None:

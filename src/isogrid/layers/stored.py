@@ -127,7 +127,7 @@ class StoredLinear(StoredWeight):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y = operation.forward(self.rounded(x), quantized.dequantize().to(x.dtype), bias)
         offset = quantized.affine.offset
-        return y if rule is None or offset is None else with_stored_sums(y, x, offset, rule)
+        return y if rule is None or offset is None else with_stored_sums(y, x, offset, rule, operation)
 
     def rounded(self, x: Tensor) -> Tensor:
         """x as the runtime multiplies it."""
@@ -155,9 +155,9 @@ class StoredEmbedding(StoredWeight):
             return F.embedding(input, self.quantized.dequantize().to(self.dtype))
 
 
-
-
-def with_stored_sums(y: Tensor, x: Tensor, offset: Tensor, rule: ActivationRule) -> Tensor:
+def with_stored_sums(
+    y: Tensor, x: Tensor, offset: Tensor, rule: ActivationRule, operation: BilinearOperation
+) -> Tensor:
     """A product by a weight with offsets, where the runtime multiplies these by sums that it has stored of x.
 
     Args:
@@ -165,9 +165,10 @@ def with_stored_sums(y: Tensor, x: Tensor, offset: Tensor, rule: ActivationRule)
         x: float [..., in].
         offset: float32 [out, blocks].
         rule: of x; where it stores no sums, y is the result.
+        operation: the product.
     """
     error = rule.sum_error(x.detach())
-    return y if error is None else y + F.linear(error, offset.detach()).to(y.dtype)
+    return y if error is None else y + operation.forward(error, offset.detach(), None).to(y.dtype)
 
 
 def parts_of(quantized: Quantized, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:

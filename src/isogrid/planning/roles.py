@@ -38,9 +38,9 @@ _PATTERNS: tuple[tuple[Role, str], ...] = (
     ("attention_k", r"k_proj|k_lin|key|wk|to_k|attn_k"),
     ("attention_q", r"q_proj|q_lin|query|wq|to_q|attn_q"),
     ("attention_output", rf"o_proj|wo|attn_output|{_ATTENTION}\.(?:dense|out_proj|out_lin|c_proj|to_out)"),
-    ("ffn_down", rf"down_proj|w2|fc2|fc_out|dense_4h_to_h|ffn_down\w*|{_FEED_FORWARD}\.(?:c_proj|down)"),
+    ("ffn_down", rf"down_proj(?:ection)?|w2|fc2|fc_out|dense_4h_to_h|ffn_down\w*|{_FEED_FORWARD}\.(?:c_proj|down)"),
     ("ffn_gate", r"gate_proj|w1|ffn_gate\w*"),
-    ("ffn_up", r"up_proj|gate_up_proj|w3|fc1|fc_in|c_fc|dense_h_to_4h|ffn_up\w*"),
+    ("ffn_up", r"(?:gate_)?up_proj(?:ection)?|w3|fc1|fc_in|c_fc|dense_h_to_4h|ffn_up\w*"),
 )
 _TAKEN_APART = r"(?:\.linear)?"  # GPT-2's Conv1D has the product as a child
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from isogrid.errors import TargetError
+from isogrid.targets.gguf_experts import experts_in
 
 Metadata = dict[str, Any]
 """Values by GGUF keys: bool, int, float, str and lists of these."""
@@ -30,6 +31,7 @@ class Architecture:
         window: what it does with sliding windows: "pattern" has them for some layers, "none" ignores them.
         writes_head_sizes: whether the size of a head is written, which may not be hidden size / heads.
         has_head: whether a file may hold an output layer of its own, beside the embedding.
+        interleaves_gates: experts' gates and what they gate lie row by row beside each other in checkpoints.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Architecture:
     window: str = "none"
     writes_head_sizes: bool = True
     has_head: bool = True
+    interleaves_gates: bool = False
 
 
 _GELU = "gelu_pytorch_tanh"
@@ -46,8 +49,11 @@ _GELU = "gelu_pytorch_tanh"
 ARCHITECTURES = {
     "llama": Architecture("llama", rotates_pairs=True),
     "mistral": Architecture("llama", rotates_pairs=True),
+    "mixtral": Architecture("llama", rotates_pairs=True),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
+    "qwen3_moe": Architecture("qwen3moe"),
+    "gpt_oss": Architecture("gpt-oss", window="pattern", interleaves_gates=True),
     "phi3": Architecture("phi3", writes_head_sizes=False),
     "gemma2": Architecture("gemma2", _GELU, adds_one_to_norms=True, window="pattern", has_head=False),
     "gemma3_text": Architecture("gemma3", _GELU, adds_one_to_norms=True, window="pattern"),
@@ -101,6 +107,8 @@ def metadata_of(config: Any, architecture: Architecture) -> Metadata:
     for name, key in (("attn_logit_softcapping", "attn"), ("final_logit_softcapping", "final")):
         if getattr(config, name, None):
             found[f"{key}_logit_softcapping"] = float(getattr(config, name))
+    if experts_in(config):
+        found |= _experts(config)
     if architecture.window == "pattern":
         found |= _windows(config)
     elif architecture.name == "phi3":
@@ -150,6 +158,22 @@ def _context_length(config: Any, architecture: Architecture) -> int:
     window = getattr(config, "sliding_window", None)
     used = window is not None and getattr(config, "use_sliding_window", True) and architecture.window == "none"
     return min(length, int(window)) if used and window is not None else length
+
+
+def _experts(config: Any) -> Metadata:
+    """How many experts there are and are chosen; raises TargetError where llama.cpp mixes them otherwise."""
+    expected = {"norm_topk_prob": True, "decoder_sparse_step": 1, "swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+    for name, value in expected.items():
+        if getattr(config, name, value) != value:
+            raise TargetError(f"llama.cpp mixes the experts of {config.model_type} with {name} = {value} only.")
+    if getattr(config, "mlp_only_layers", None):
+        raise TargetError("llama.cpp has experts in every block; here mlp_only_layers leaves some without.")
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    return {
+        "expert_count": experts_in(config),
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": width,
+    }
 
 
 def _windows(config: Any) -> Metadata:

@@ -17,7 +17,8 @@ from gguf import GGMLQuantizationType as GgmlType
 from torch import Tensor, nn
 
 from isogrid.errors import ArtifactError, TargetError
-from isogrid.targets.gguf_tensors import Found, Placed, RowOrder, heads_of, name_map, tensors_of
+from isogrid.targets.gguf_experts import halves_of, stack_of
+from isogrid.targets.gguf_tensors import Found, Placed, RowOrder, heads_of, name_map, name_of, tensors_of
 from isogrid.targets.gguf_writing import Contents
 
 FLOATS = (GgmlType.F32, GgmlType.F16, GgmlType.BF16)
@@ -121,21 +122,18 @@ def _places(
     found: Found, names: gguf.TensorNameMap, stored: dict[str, gguf.ReaderTensor]
 ) -> Iterator[tuple[str, RowOrder]]:
     """The file's tensors that hold a model's tensor: one, or two where it has experts' gates apart from the rest."""
-    source = found.source.replace("_projection.weight", "_proj")  # experts stacked in parameters
-    name = names.get_name(source, (".weight", ".bias"))
-    if name is None:
-        raise TargetError(f"gguf's table of names has no place for {found.source} in this architecture.")
-    name = name if source == found.source else f"{name}.weight"
+    whole = (stack_of(found.source) or (found.source,))[0]
+    name = name_of(whole, names)
     if name == "output.weight" and name not in stored:
         name = "token_embd.weight"
-    apart = [name.replace("gate_up", half) for half in ("gate", "up")]
-    if name in stored or name == apart[0]:
-        shape = tuple(stored[name].data.shape) if name in stored else ()
-        yield name, RowOrder(experts=shape[0] if len(shape) == 3 else 0)
-        return
-    for part, half in enumerate(apart):
-        experts = stored[half].data.shape[0] if half in stored else 0
-        yield half, RowOrder(experts=experts, part=part, parts=2)
+    halves = [half for half in (name_of(half, names) for half in halves_of(found.source)) if half is not None]
+    if name is None and not halves:
+        raise TargetError(f"gguf's table of names has no place for {found.source} in this architecture.")
+    pieces = [name] if name is not None and (name in stored or not halves) else halves
+    for part, piece in enumerate(pieces):
+        stacked = piece in stored and bool(stack_of(found.source))
+        experts = stored[piece].data.shape[0] if stacked else 0
+        yield piece, RowOrder(experts=experts, part=part, parts=len(pieces))
 
 
 def _arranged(
@@ -168,6 +166,8 @@ def _arranged(
 
 def _ways(found: Found, part: RowOrder, config: Any) -> Iterator[Way]:
     yield Way(part)
+    if part.parts > 1:
+        yield Way(replace(part, interleaved=True))
     rows = found.value.shape[0]
     heads = heads_of(found.source, config.get_text_config())
     if heads and rows % (2 * heads) == 0:

@@ -69,13 +69,13 @@ def direct(model: nn.Module, tokenizer: Any) -> tuple[Contents, list[Placed]]:
     config: Any = model.config
     bitnet = is_bitnet(model)
     architecture = BITNET if bitnet else architecture_of(config)
-    tensors = placed(model, architecture)
     contents = Contents(architecture.name)
     contents.metadata = {
         "general.name": str(getattr(config, "name_or_path", "") or config.model_type),
         **metadata_of(config, architecture),
         **tokenizer_metadata(tokenizer, config.vocab_size),
     }
+    tensors = placed(model, architecture)
     contents.tensors = float_tensors(rotation_factors(config) | (norms_of(config) if bitnet else {}))
     contents.place(tensors)
     return contents, tensors

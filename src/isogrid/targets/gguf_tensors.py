@@ -17,6 +17,7 @@ from isogrid.formats.ggml import LAYOUTS, ggml_name, pack_blocks, unpack_blocks
 from isogrid.layers.borrowed import TurnedLinear
 from isogrid.layers.stored import StoredWeight
 from isogrid.targets.gguf_architectures import Architecture
+from isogrid.targets.gguf_experts import experts_in, halves_of, is_stack, stack_of
 
 HALVES = {torch.float16: GgmlType.F16, torch.bfloat16: GgmlType.BF16, torch.float32: GgmlType.F32}
 HEAD = "lm_head.weight"
@@ -38,12 +39,14 @@ class RowOrder:
             checkpoint row n of a head is turned together with row n + head / 2.
         experts: where not 0, rows are those of so many matrices, and the file's tensor has three dimensions.
         part, parts: the file has this part of each matrix's rows, of so many.
+        interleaved: a part is every second row rather than a half.
     """
 
     heads: int = 0
     experts: int = 0
     part: int = 0
     parts: int = 1
+    interleaved: bool = False
 
     def indices(self, rows: int) -> Tensor:
         """The file's row n is row indices[n] of the model's.
@@ -54,6 +57,8 @@ class RowOrder:
         numbers = torch.arange(rows)
         if self.heads:
             return numbers.reshape(self.heads, 2, -1).transpose(1, 2).flatten()
+        if self.interleaved:
+            return numbers[self.part :: self.parts]
         return numbers.reshape(max(1, self.experts), self.parts, -1)[:, self.part].flatten()
 
     def of(self, rows: Tensor) -> Tensor:
@@ -182,8 +187,17 @@ def tensors_of(model: nn.Module) -> Iterator[Found]:
                 continue
             if not tensor.isfinite().all():
                 raise NonFiniteError(f"{name}.{own} holds NaN or infinity. Go back to a checkpoint from before that.")
-            turned = type(module).__name__ == "Conv1D" and tensor.dim() == 2  # of transformers, [in, out]
-            yield Found(path, f"{name}.{own}".lstrip("."), tensor.detach().t() if turned else tensor.detach())
+            yield Found(path, f"{name}.{own}".lstrip("."), _as_rows(module, own, tensor.detach()))
+
+
+def _as_rows(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A parameter of transformers with its outputs in front: those of GPT-2 and of some experts are turned."""
+    if type(module).__name__ == "Conv1D" and tensor.dim() == 2:  # [in, out]
+        return tensor.t()
+    if is_stack(name):
+        turned = getattr(module, "is_transposed", False) and tensor.dim() == 3
+        return (tensor.transpose(1, 2) if turned else tensor).flatten(0, 1)
+    return tensor
 
 
 def checkpoint_name(model: nn.Module, path: str) -> str:
@@ -203,18 +217,28 @@ def placed(model: nn.Module, architecture: Architecture) -> list[Placed]:
     names = name_map(architecture.name, config.num_hidden_layers)
     result: dict[str, Placed] = {}
     for found in tensors_of(model):
-        name, value = names.get_name(found.source, (".weight", ".bias")), found.value
-        if found.source == HEAD:
-            name = "output.weight"
-        if name is None:
-            raise TargetError(
-                f"llama.cpp's {architecture.name} has no place for {found.source}. Export with base=, see the docs."
-            )
+        value = found.value
         if architecture.adds_one_to_norms and found.source.endswith("norm.weight") and isinstance(value, Tensor):
             value = value.float() + 1
-        heads = heads_of(found.source, config) if architecture.rotates_pairs else 0
-        result[name] = Placed(name, value, (found,), RowOrder(heads=heads))
+        for source, order in _pieces(found.source, config, architecture):
+            name = "output.weight" if source == HEAD else name_of(source, names)
+            if name is None:
+                raise TargetError(
+                    f"llama.cpp's {architecture.name} has no place for {found.source}. Export with base=, see the docs."
+                )
+            result[name] = Placed(name, value, (found,), order)
     return list(tied(result, architecture).values())
+
+
+def _pieces(source: str, config: Any, architecture: Architecture) -> list[tuple[str, RowOrder]]:
+    """The tensors that a converter makes of one, and their rows in it."""
+    stack = halves_of(source) or stack_of(source)
+    if not stack:
+        heads = heads_of(source, config) if architecture.rotates_pairs else 0
+        return [(source, RowOrder(heads=heads))]
+    interleaved = architecture.interleaves_gates and len(stack) > 1
+    order = RowOrder(experts=experts_in(config), parts=len(stack), interleaved=interleaved)
+    return [(name, replace(order, part=number)) for number, name in enumerate(stack)]
 
 
 def tied(tensors: dict[str, Placed], architecture: Architecture) -> dict[str, Placed]:
@@ -236,6 +260,12 @@ def tied(tensors: dict[str, Placed], architecture: Architecture) -> dict[str, Pl
             f"{_kind(embedding.value)} and {_kind(head.value)}. Give both one format by a rule."
         )
     return tensors
+
+
+def name_of(source: str, names: gguf.TensorNameMap) -> str | None:
+    """The file's name of a tensor; None where gguf's table has none."""
+    name: str | None = names.get_name(source, (".weight", ".bias"))
+    return f"{name}.weight" if name and not name.endswith((".weight", ".bias")) else name
 
 
 def name_map(architecture: str, blocks: int) -> gguf.TensorNameMap:

@@ -62,13 +62,13 @@ class LlamaCpp:
         return replace(scheme, weight=TERNARY) if scheme.name == "bitnet" else scheme
 
     def supports(self, call: Call, scheme: Scheme) -> str | None:
-        """None for linear layers and embeddings of tokens."""
+        """None for linear layers, also those of experts, and embeddings of tokens."""
         if call.name.rpartition(".")[2] in POSITIONS:
             return "llama.cpp keeps embeddings of positions and of token types in float"
         is_table = call.kind == "embedding" and call.type != "EmbeddingBag"
         if is_table and ggml_name(named_format(scheme.weight)) == "nvfp4":
             return "NVFP4 has a scale of the whole tensor, and llama.cpp reads none for embeddings"
-        if call.kind == "linear" or is_table:
+        if call.kind in ("linear", "experts") or is_table:
             return None
         return f"llama.cpp's block formats store linear layers and embeddings, and this is {call.type}"
 

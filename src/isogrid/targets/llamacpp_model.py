@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import gguf
 import numpy as np
@@ -111,21 +112,30 @@ class LlamaCppModel:
         """Run with the input and the output of every layer in view, the bias added as the runtime adds it."""
         tokens = self._tokens(inputs)
         products, tensors = self.file.run(tokens, observe=True)
-        layers = {}
+        layers: dict[str, tuple[Tensor, Tensor]] = {}
         for number, product in enumerate(products):
             layer = self._layer_of(product)
-            if layer and f"{number}.input" in tensors and product["operator"] == "MUL_MAT":
-                values = [tensors[f"{number}.{end}"].reshape(*tokens.shape, -1) for end in ("input", "output")]
-                layers[layer] = values[0], self._completed(product["weight"], values[1])
+            if layer and f"{number}.input" in tensors:
+                ends = tensors[f"{number}.input"], tensors[f"{number}.output"], tensors.get(f"{number}.experts")
+                x, y = self._arranged(product["weight"], tokens.shape, *ends)
+                layers[layer] = x, y + layers[layer][1] if layer in layers else y
         return Observed([tensors["logits"]], {}, layers)
+
+    def _arranged(
+        self, weight: str, shape: torch.Size, input: Tensor, output: Tensor, experts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Input and output of a product as the model's layer has them; of experts, rows sorted by expert."""
+        if experts is None:
+            return input.reshape(*shape, -1), self._completed(weight, output.reshape(*shape, -1))
+        chosen = experts.shape[-1]
+        expert, order = experts.reshape(-1).to(torch.int64).sort(stable=True)
+        y = self._completed(weight, output.reshape(-1, output.shape[-1])[order], expert)
+        rows = input.reshape(-1, input.shape[-1])
+        return rows[order if len(rows) == len(order) else order // chosen], y
 
     def tokens_per_second(self, input_ids: Tensor, generated: int = 32, runs: int = 3) -> Speed:
         """See `LlamaFile.tokens_per_second`."""
         return self.file.tokens_per_second(input_ids, generated, runs)
-
-    def decoding_speed(self, input_ids: Tensor) -> float:
-        """Tokens a second behind the first of these [1, length], one by one."""
-        return self.tokens_per_second(input_ids).decoding
 
     def stored(self) -> Mapping[str, Tensor]:
         """Codes of every quantised weight, its scales and what these are made of, as `isogrid.convert` names them."""
@@ -141,21 +151,25 @@ class LlamaCppModel:
             if named_format(formats[path]) == TERNARY:
                 quantized = in_one(quantized)
             found |= {f"{path}.{part}": codes for part, codes in StoredWeight(quantized).named_buffers()}
-            bias = self._tensors.get(next(iter(pieces)).removesuffix(".weight") + ".bias")
-            if bias is not None:
-                found[f"{path}.bias"] = _back(float_values(bias), next(iter(pieces.values()))[0])
+            biases = {name: self._tensors.get(f"{name.removesuffix('.weight')}.bias") for name in pieces}
+            whole = [_back(float_values(bias).flatten(), pieces[name][0]) for name, bias in biases.items() if bias]
+            if whole:
+                found[f"{path}.bias"] = torch.stack(whole).sum(0)
         return found
 
     def multiplications(self) -> tuple[RuntimeOperator, ...]:
         """The products of llama.cpp's graph, in order; by quantised weights they are of integers."""
-        return tuple(
-            RuntimeOperator(
-                self._layer_of(product),
-                f"{product['operator']} ({product['type']})",
-                "float" if product["type"] == "f32" or not product["weight"] else "integer",
-            )
-            for product in self.file.products()
-        )
+        found, seen = [], set()
+        for product in self.file.products():
+            layer = self._layer_of(product)
+            if layer and layer in seen:  # a half of the products of experts, whose other half is there
+                continue
+            seen.add(layer)
+            arithmetic: Literal["integer", "float"] = "integer"
+            if product["type"] == "f32" or not product["weight"]:
+                arithmetic = "float"
+            found.append(RuntimeOperator(layer, f"{product['operator']} ({product['type']})", arithmetic))
+        return tuple(found)
 
     def producers(self) -> Mapping[str, RuntimeOperator]:
         """None: activations have no sites of their own here."""
@@ -166,13 +180,23 @@ class LlamaCppModel:
         entry = self._layers.get(product["weight"])
         return "" if entry is None else str(entry["paths"][-1])
 
-    def _completed(self, name: str, output: Tensor) -> Tensor:
-        """A product with its tensor's scale and bias, features in the model's order."""
+    def _completed(self, name: str, output: Tensor, expert: Tensor | None = None) -> Tensor:
+        """A product with its tensor's scale and bias, features in the model's order, zeros for those it has not.
+
+        Args:
+            name: of the tensor.
+            output: [..., features].
+            expert: of each row, where it is a product of experts.
+        """
         stem = name.removesuffix(".weight")
+        order = RowOrder(**self._layers[name]["order"])
         for ending, combine in ((".scale", torch.mul), (".bias", torch.add)):
             if stem + ending in self._tensors:
-                output = combine(output, float_values(self._tensors[stem + ending]))
-        return _back(output, RowOrder(**self._layers[name]["order"]))
+                values = float_values(self._tensors[stem + ending])
+                if expert is not None:
+                    values = values.reshape(order.experts, -1)[expert]
+                output = combine(output, values)
+        return _back(output, replace(order, experts=0))
 
     def _joined(self, pieces: Mapping[str, tuple[RowOrder, np.ndarray[Any, Any], gguf.ReaderTensor]]) -> Quantized:
         """A weight of the pieces that hold its rows."""
@@ -221,7 +245,7 @@ class LlamaCppModel:
 
 
 def _back(values: Tensor, order: RowOrder) -> Tensor:
-    """Features [..., n] of a file in the order of the model."""
-    back = torch.empty_like(values)
-    back[..., order.indices(values.shape[-1])] = values
+    """Features [..., n] of a file in the order of the model, zeros for those that the file has elsewhere."""
+    back = values.new_zeros(*values.shape[:-1], values.shape[-1] * order.parts)
+    back[..., order.indices(back.shape[-1])] = values
     return back

@@ -50,7 +50,7 @@ from isogrid.training import (
     train_blockwise,
     use_adapters,
 )
-from isogrid.verification import VerificationReport, verify_artifact
+from isogrid.verification import MergeDifference, VerificationReport, merge_difference, verify_artifact
 
 
 def format(name: str) -> Format:
@@ -198,6 +198,7 @@ __all__ = [
     "Blockwise",
     "Distillation",
     "LayerLosses",
+    "MergeDifference",
     "Phase",
     "Plan",
     "Rule",
@@ -219,6 +220,7 @@ __all__ = [
     "generate_text",
     "load",
     "merge_adapters",
+    "merge_difference",
     "parameter_groups",
     "plan",
     "prepare",

@@ -59,3 +59,26 @@ def test_transformers_computes_the_trained_logits(scheme: str, tmp_path: Path) -
     assert torch.equal(ig.load(artifact.path)(tokens())[0], logits(model))
     report = ig.verify(model, artifact, [batch])
     assert report, report
+
+
+def test_offsets_that_adapters_moved_are_in_the_gguf_file(tmp_path: Path) -> None:
+    model = fine_tuned(prepared_model("llama", "q4_1", num_hidden_layers=1), method="qa-lora", match="*_proj")
+    path = ig.export(model, tmp_path / "model.gguf").path
+    stored = {tensor.name: float_values(tensor) for tensor in open_gguf(path).tensors}
+    layer: Any = model.get_submodule("model.layers.0.mlp.down_proj")
+    assert layer.adapters.shift().abs().max() > 0
+    assert torch.equal(stored["blk.0.ffn_down.weight"], layer.quantized.dequantize())
+    assert torch.equal(logits(ig.convert(model)), logits(model))
+
+
+def test_zero_points_that_adapters_moved_are_in_the_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    model = language_model("llama", num_hidden_layers=1, attention_bias=False)
+    batch = {"input_ids": tokens()}
+    ig.prepare(model, ig.plan(model, target="vllm", scheme="w4a16-asym", example_inputs=batch))
+    before = logits(model)
+    fine_tuned(model, rank=2, alpha=200, method="qa-lora")  # a zero point moves by whole steps
+    assert not torch.equal(logits(model), before)
+    artifact = ig.export(model, tmp_path / "model")
+    assert torch.equal(ig.load(artifact.path)(tokens())[0], logits(model))
+    assert ig.verify(model, artifact, [batch])

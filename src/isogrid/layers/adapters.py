@@ -1,20 +1,28 @@
-"""Adapters inside layers: low-rank updates that are added to a weight before it is quantised.
+"""Adapters inside layers: low-rank updates, in three places.
 
-The layer computes with `Q(W + BA)`, not with `Q(W) + BA`: what is stored after merging is what was trained.
+`l4q` adds them to the weight before it is quantised, `Q(W + BA)`; `qa-lora` adds them to the zero points or offsets of
+its groups, over codes that are frozen; `qlora` adds them to the layer's output, `Q(W) + BA`, which no grid holds.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isogrid.quantizers.sources import LowRank, Made, Magnitudes
 
 ATTRIBUTE = "adapters"
 """Of a layer: its `Adapters`."""
+
+
+Method = Literal["l4q", "qlora", "qa-lora"]
+"""Where updates are added: to the weight that is quantised, to the output, or to the zero points of groups."""
+
+METHODS: tuple[str, ...] = get_args(Method)
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class AdapterSpec:
         rank: of the update of each layer.
         alpha: the update is multiplied by `alpha / rank`, or by `alpha / √rank` where it is stabilised.
         layers: paths of the layers that own it.
+        method: where it is added.
         dora: the norm of each row of the weight trains too.
         rank_stabilized: rsLoRA (arXiv 2312.03732).
         active: it is added to the weights.
@@ -35,6 +44,7 @@ class AdapterSpec:
     rank: int
     alpha: float
     layers: tuple[str, ...]
+    method: Method = "l4q"
     dora: bool = False
     rank_stabilized: bool = False
     active: bool = True
@@ -59,14 +69,15 @@ class AdapterSpec:
 
 
 class Adapter(nn.Module):
-    """One low-rank update of a weight [out, ...]: `scaling · B A`.
+    """One low-rank update of a matrix: `scaling · B A`.
 
     A starts uniform and B at zero, as in LoRA (Hu et al., arXiv 2106.09685), so that nothing changes at first.
 
     Args:
-        weight: the layer's, output channels first; its shape, device and dtype are taken.
+        weight: what is updated, [out, ...]; its shape, device and dtype are taken.
         rank: of the update.
         scaling: s.
+        method: where it is added.
         dora: learn the norm of each row too, from that of the weight: DoRA (arXiv 2402.09353).
 
     Attributes:
@@ -80,11 +91,11 @@ class Adapter(nn.Module):
 
     magnitude: nn.Parameter | None
 
-    def __init__(self, weight: Tensor, rank: int, scaling: float, dora: bool = False):
+    def __init__(self, weight: Tensor, rank: int, scaling: float, method: Method = "l4q", dora: bool = False):
         super().__init__()
         rows = weight.detach().flatten(1)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.rank, self.scaling = rank, scaling
+        self.rank, self.scaling, self.method = rank, scaling, method
         self.A = nn.Parameter(torch.empty(rank, rows.shape[1], dtype=dtype, device=weight.device))
         self.B = nn.Parameter(torch.zeros(len(rows), rank, dtype=dtype, device=weight.device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
@@ -92,7 +103,8 @@ class Adapter(nn.Module):
         self.register_parameter("magnitude", None if norms is None else nn.Parameter(norms))
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, scaling={self.scaling:g}" + (", dora" if self.magnitude is not None else "")
+        more = "" if self.magnitude is None else ", dora"
+        return f"{self.method}, rank={self.rank}, scaling={self.scaling:g}{more}"
 
 
 class Adapters(nn.ModuleDict):
@@ -107,14 +119,42 @@ class Adapters(nn.ModuleDict):
         self.active: tuple[str, ...] = ()
 
     def made(self) -> Made | None:
-        """How the weight is made with the active adapters; None without any."""
-        chosen: list[Any] = [self[name] for name in self.active]
+        """How the weight is made with the active adapters that change it; None without any.
+
+        That of a layer with adapters beside it is what its merged weight would be in float.
+        """
+        chosen = self._chosen("l4q", "qlora")
         if not chosen:
             return None
         update = LowRank(tuple(adapter.scaling for adapter in chosen))
         pairs = tuple(tensor for adapter in chosen for tensor in (adapter.A, adapter.B))
         magnitudes = tuple(adapter.magnitude for adapter in chosen if adapter.magnitude is not None)
         return Made(Magnitudes(update), (*magnitudes, *pairs)) if magnitudes else Made(update, pairs)
+
+    @property
+    def stands_beside(self) -> bool:
+        """Whether an active adapter is added to the layer's output."""
+        return bool(self._chosen("qlora"))
+
+    def beside(self, x: Tensor, y: Tensor) -> Tensor:
+        """The output y [..., out] of a layer, with what adapters beside it make of its input x [..., in]."""
+        for adapter in self._chosen("qlora"):
+            update = F.linear(F.linear(x.to(adapter.A.dtype), adapter.A), adapter.B)
+            y = y + (update * adapter.scaling).to(y.dtype)
+        return y
+
+    def shift(self) -> Tensor | None:
+        """What adapters add to the values of each group, [out, groups]; None without any."""
+        total: Tensor | None = None
+        for adapter in self._chosen("qa-lora"):
+            with torch.autocast(adapter.A.device.type, enabled=False):
+                update = (adapter.B @ adapter.A) * adapter.scaling
+            total = update if total is None else total + update
+        return total
+
+    def _chosen(self, *methods: str) -> list[Any]:
+        chosen: list[Any] = [self[name] for name in self.active]
+        return [adapter for adapter in chosen if adapter.method in methods]
 
     def extra_repr(self) -> str:
         return f"active={', '.join(self.active) or 'none'}"

@@ -1,11 +1,12 @@
-"""A Linear whose weight is frozen as codes, so that nothing but its scales can train."""
+"""A Linear whose weight is frozen as codes, so that nothing but its scales, and adapters beside it, can train."""
 
 import torch
 from torch import Tensor, nn
 
 from isogrid.errors import PlanError
-from isogrid.formats import Quantized
+from isogrid.formats import Affine, Quantized
 from isogrid.formats.coded import pack_codes, unpack_codes
+from isogrid.layers.adapters import adapters_of
 from isogrid.layers.integer import WeightOfCodes, uncounted
 from isogrid.layers.layer import replacement
 from isogrid.layers.linear import QuantizedLinear
@@ -29,7 +30,7 @@ class CodedLinear(WeightOfCodes, QuantizedLinear):
     @property
     def quantized(self) -> Quantized:
         """The weight as an artefact stores it."""
-        fmt, stored = self.weight_quantizer.format, self.weight_quantizer.affine()
+        fmt, stored = self.weight_quantizer.format, self.affine()
         parts = zip((fmt.scale, fmt.zero_point, fmt.offset), stored, strict=True)
         codes = unpack_codes(self.codes, fmt, self.coded.shape)
         kept = [None if part is None or x is None else part.quantize(x.detach()) for part, x in parts]
@@ -40,15 +41,50 @@ class CodedLinear(WeightOfCodes, QuantizedLinear):
         with uncounted():
             return self.quantized.dequantize()
 
+    def affine(self) -> Affine:
+        """Scale, zero point and offset before they are stored, with what adapters add to the groups (QA-LoRA).
+
+        The values of a group move by `s·BA`, one number for each row and group: an offset by as much, a zero point by
+        as much in steps (Xu et al., arXiv 2309.14717).
+        """
+        affine = self.weight_quantizer.affine()
+        adapters = adapters_of(self)
+        shift = None if adapters is None else adapters.shift()
+        if shift is None or affine.scale is None:
+            return affine
+        shift = shift.reshape(affine.scale.shape)
+        if affine.offset is not None:
+            return affine._replace(offset=affine.offset + shift)
+        assert affine.zero_point is not None
+        return affine._replace(zero_point=affine.zero_point - shift / affine.scale.detach())
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = super().forward(input)
+        adapters = adapters_of(self)
+        if adapters is None or not adapters.stands_beside:
+            return y
+        with torch._C.DisableTorchFunction():
+            return adapters.beside(input, y)
+
     def quantized_weight(self) -> Quantized:
+        adapters = adapters_of(self)
+        if adapters is not None and adapters.stands_beside:
+            raise PlanError(
+                "An adapter stands beside a quantised weight (QLoRA), and no grid holds their sum. Call "
+                "isogrid.merge_adapters(model), which quantises it anew; isogrid.merge_difference(model, batches) "
+                "measures what that changes. Adapters with method='l4q' need neither."
+            )
         return self.quantized
 
     def base_operands(self) -> tuple[Tensor, Tensor | None]:
         return self.codes, self.bias
 
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        return self.base_operands()
+
     def weight_operand(self, weight: Tensor) -> Operand | None:
         quantizer = self.weight_quantizer
-        return Operand(quantizer.format, quantizer.estimator, quantizer.affine(), {}, coded=self.coded)
+        return Operand(quantizer.format, quantizer.estimator, self.affine(), {}, coded=self.coded)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, codes frozen"
@@ -74,6 +110,17 @@ def coded(layer: QuantizedLinear) -> CodedLinear:
     new.add_codes(pack_codes(quantized.codes, quantized.format))
     if new.weight_quantizer.zero_point is not None:
         new.weight_quantizer.zero_point.requires_grad_(False)
+    return new
+
+
+@torch.no_grad()
+def decoded(layer: CodedLinear, weight: Tensor) -> QuantizedLinear:
+    """The layer with a float weight again, and the range that fits it."""
+    new = replacement(layer, QuantizedLinear)
+    new._parameters = {"weight": nn.Parameter(weight.to(layer.coded.dtype)), **layer._parameters}
+    new._buffers = {name: buffer for name, buffer in layer._buffers.items() if name != "weight"}
+    del new.coded
+    new.weight_quantizer.fit(new.weight)
     return new
 
 

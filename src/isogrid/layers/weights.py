@@ -63,8 +63,8 @@ def weight_key(module: nn.Module) -> Hashable:
     layer: Any = module
     if hasattr(module, "borrowed_key"):
         return layer.borrowed_key  # type: ignore[no-any-return]
-    is_computed = is_parametrized(module, "weight") or "weight" in vars(module) or own_class(module) is not None
-    if is_computed or isinstance(module, NORMS):
+    has_own = module._parameters.get("weight") is not None  # neither computed nor kept as codes
+    if not has_own or own_class(module) is not None or isinstance(module, NORMS):
         return id(module)
     return id(layer.weight), isinstance(module, TRANSPOSED)
 

@@ -248,7 +248,7 @@ class CodedQuantization(Quantization):
     """The part of an operand whose codes are frozen: what is given as x are these codes, packed.
 
     Values are `s (q - z) + o`, so that `d x^/d s = q - z` and `d x^/d o = 1`: EfficientQAT's second stage (E2E-QP, Chen
-    et al., arXiv 2407.11062), where nothing else trains. The zero point has no gradient.
+    et al., arXiv 2407.11062), where nothing else trains. `d x^/d z = -s` serves adapters of zero points (QA-LoRA).
     """
 
     def forward(self, x: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
@@ -259,8 +259,8 @@ class CodedQuantization(Quantization):
 
     def backward(
         self, gradient: Tensor, x: Tensor, tensors: tuple[Tensor, ...], shape: Shape | None = None
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """Gradients of the affine parameters; codes have none, so that nobody reads what is returned for them."""
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Gradients of the affine parameters; codes have none."""
         affine = self.affine(tensors)
         steps, view = self._steps(x, affine)
         upstream = self.format.granularity.arrange(gradient.to(torch.float32)).reshape(steps.shape)
@@ -269,7 +269,10 @@ class CodedQuantization(Quantization):
             found["scale"] = (upstream * steps).sum_to_size(view.scale.shape).reshape(affine.scale.shape)
         if affine.offset is not None and view.offset is not None:
             found["offset"] = upstream.sum_to_size(view.offset.shape).reshape(affine.offset.shape)
-        return gradient, [found.get(name) for name in self.names]
+        if affine.zero_point is not None and view.zero_point is not None and view.scale is not None:
+            steepness = -(upstream * view.scale).sum_to_size(view.zero_point.shape)
+            found["zero_point"] = steepness.reshape(affine.zero_point.shape)
+        return None, [found.get(name) for name in self.names]
 
     def _steps(self, packed: Tensor, affine: Affine) -> tuple[Tensor, Affine]:
         """The values of the codes at scale 1, and the affine parameters, in views that broadcast."""

@@ -1,6 +1,6 @@
 """Training: calibration, distillation, adapters, the schedule, parameter groups and checkpoints."""
 
-from isogrid.training.adapters import AdapterReport, adapter_report, add_adapters, merge_adapters, use_adapters
+from isogrid.training.adapters import AdapterReport, adapter_report, add_adapters, use_adapters
 from isogrid.training.batch_norm import reestimate_batch_norm
 from isogrid.training.bitnet import to_bitnet
 from isogrid.training.blockwise import BlockResult, Blockwise, train_blockwise
@@ -11,6 +11,7 @@ from isogrid.training.distillation import Distillation, ThreePhases
 from isogrid.training.divergences import TopK, confidence, kl_divergence
 from isogrid.training.features import LayerLosses, feature_loss, relation_loss
 from isogrid.training.generation import generate_text
+from isogrid.training.merging import merge_adapters
 from isogrid.training.parameters import parameter_groups
 from isogrid.training.pretrained import prepare, restore
 from isogrid.training.schedule import Phase, Schedule, TwoStages

@@ -1,25 +1,41 @@
-"""Low-rank adapters for prepared models: fine-tuning by a small part of the numbers, in the form that merges exactly.
+"""Low-rank adapters for prepared models: fine-tuning by a small part of the numbers.
 
 L4Q (Jeon et al., arXiv 2402.04902) trains `Q(W + s·BA)`: the sum is what the quantizer sees, so that quantising the
-merged weight gives the codes that were trained. `Q(W) + s·BA`, which QLoRA trains, is no number of the grid.
+merged weight gives the codes that were trained. QA-LoRA (Xu et al., arXiv 2309.14717) moves the zero points or offsets
+of groups over frozen codes, and merges as exactly. `Q(W) + s·BA`, which QLoRA (Dettmers et al., arXiv 2305.14314)
+trains, is no number of the grid.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
+from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from isogrid.errors import PlanError
-from isogrid.layers.adapters import ATTRIBUTE, Adapter, Adapters, AdapterSpec, adapters_of
+from isogrid.layers.adapters import ATTRIBUTE, METHODS, Adapter, Adapters, AdapterSpec, Method, adapters_of
+from isogrid.layers.coded import CodedLinear, why_not_coded
 from isogrid.layers.embedding import QuantizedTable
 from isogrid.layers.layer import QuantizedLayer, link
 from isogrid.layers.norm import QuantizedBatchNorm
-from isogrid.layers.weights import base_of, computes_weight, weight_key, weight_of
+from isogrid.layers.weights import base_of, weight_key
 from isogrid.planning.rules import nearest
 from isogrid.planning.state import STATE_NAME, prepared_state, quantizers
+from isogrid.training.codes import code_layers
+from isogrid.training.loftq import Start, loftq
+
+EXACT = "What is served is what was trained: {}."
+STATEMENTS: dict[str, str] = {
+    "l4q": EXACT.format("the sum of weight and update is what trains, quantised"),
+    "qa-lora": EXACT.format("updates move the zero points or offsets of groups, over codes that stay"),
+    "qlora": (
+        "What is served after merging is NOT what was trained: updates stand beside the quantised weight, and no grid "
+        "holds their sum. isogrid.merge_difference(model, batches) measures the difference."
+    ),
+}
+"""What becomes of adapters when they are merged, by their method."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +70,22 @@ def add_adapters(
     alpha: float | None = None,
     match: str | Sequence[str] | None = None,
     *,
+    method: Method = "l4q",
     exclude: str | Sequence[str] = (),
     name: str = "default",
+    start: Start = "zero",
     dora: bool = False,
     rank_stabilized: bool = False,
 ) -> AdapterReport:
-    """Give layers of a prepared model low-rank updates `alpha / rank · BA`, and freeze everything else but scales.
+    """Give layers of a prepared model low-rank updates `alpha / rank · BA`, and freeze everything else.
 
-    The updates are added to the weights before these are quantised (L4Q, arXiv 2402.04902): `convert`, `export` and
-    `verify` see the merged weight, so that what is served is what was trained, bit for bit. The sum is never kept: the
-    memory of a step is that of LoRA. Learned scales of the quantizers go on training.
+    By the method `l4q` (arXiv 2402.04902) the updates are added to the weights before these are quantised: `convert`,
+    `export` and `verify` see the merged weight, so that what is served is what was trained, bit for bit. The sum is
+    never kept: the memory of a step is that of LoRA. Learned scales of the quantizers go on training.
+
+    By `qa-lora` and `qlora` the weights of linear layers are kept as codes alone, in their formats. `qa-lora` (arXiv
+    2309.14717) moves the zero points or offsets of their groups, and merges exactly too. `qlora` (arXiv 2305.14314)
+    adds the updates to the layers' outputs; merging quantises anew, and the report says so.
 
     Args:
         model: prepared.
@@ -72,19 +94,22 @@ def add_adapters(
         match: names of layers, wildcards allowed; a convolution [out, in, ...] is taken as a matrix [out, all others],
             the experts of a mixture share one A, and layers that share a weight share the update. If not given, all
             quantised layers but tables and those that share the weight of one.
+        method: `l4q`, `qa-lora` or `qlora`; one for all adapters of a model.
         exclude: names of layers that are left out.
         name: of this adapter. It becomes the active one; others stay, and `use_adapters` brings them back.
+        start: `zero`, so that nothing changes at first; or `loftq` for `qlora`: the updates begin with the best
+            approximation of what quantisation took away (arXiv 2310.08659).
         dora: the norms of the weight's rows train on their own: DoRA (arXiv 2402.09353).
         rank_stabilized: multiply by `alpha / √rank`: rsLoRA (arXiv 2312.03732).
 
     Returns:
-        How much trains, and that it merges exactly.
+        How much trains, and whether it merges exactly: print it before training.
 
     Raises:
-        PlanError: the model is not prepared, no layer matches, the name is taken, or the rank is not below both
-            dimensions of a layer's weight.
+        PlanError: the model is not prepared, no layer matches, the name is taken, the rank is above a dimension of a
+            layer's weight, or a layer does not allow the method.
 
-    >>> import isogrid as ig
+    >>> import isogrid as ig, torch
     >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 64))
     >>> plan = ig.plan(model, scheme="q4_0", example_inputs=(torch.zeros(1, 64),))
     >>> report = add_adapters(ig.prepare(model, plan), rank=4, alpha=8)
@@ -94,16 +119,25 @@ def add_adapters(
     state = prepared_state(model)
     if name in {spec.name for spec in state.adapters} or not name or "." in name or hasattr(nn.ModuleDict, name):
         raise PlanError(f"{name!r} is no name for a new adapter: it is taken, empty, or holds a dot. Give another.")
+    _check_method(state.adapters, method, start, dora)
     chosen = layers_to_adapt(model, match, exclude)
-    _check_rank(model, chosen, rank)
-    spec = AdapterSpec(
-        name, rank, float(rank if alpha is None else alpha), tuple(chosen), dora=dora, rank_stabilized=rank_stabilized
-    )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for quantizer in quantizers(model).values():
-        quantizer.requires_grad_(True)
+    _check_layers(model, chosen, method)
+    _check_rank(model, chosen, rank, method)
+    scaled = float(rank if alpha is None else alpha)
+    spec = AdapterSpec(name, rank, scaled, tuple(chosen), method, dora, rank_stabilized)
+    model.requires_grad_(False)
+    if method == "l4q":
+        for quantizer in quantizers(model).values():
+            quantizer.requires_grad_(True)
+    starts = {path: loftq(model.get_submodule(path), spec) for path in chosen if start == "loftq"}
+    if method != "l4q":
+        code_layers(model, [path for path in chosen if not isinstance(model.get_submodule(path), CodedLinear)])
+        model.requires_grad_(False)
     attach(model, spec)
+    for path, (a, b) in starts.items():
+        adapter: Any = model.get_submodule(path).get_submodule(f"{ATTRIBUTE}.{name}")
+        adapter.A.data.copy_(a)
+        adapter.B.data.copy_(b)
     return use_adapters(model, name)
 
 
@@ -115,7 +149,7 @@ def layers_to_adapt(
     Raises:
         PlanError: a pattern matches nothing.
     """
-    layers = _adaptable(model)
+    layers = adaptable(model)
     tables = {weight_key(layer) for layer in layers.values() if isinstance(layer, QuantizedTable)}
     if match is None:
         found = [path for path, layer in layers.items() if weight_key(layer) not in tables]
@@ -136,7 +170,7 @@ def layers_to_adapt(
 
 def attach(model: nn.Module, spec: AdapterSpec) -> None:
     """Create an adapter's parameters in its layers, and in those that share a weight with one."""
-    layers = _adaptable(model)
+    layers = adaptable(model)
     missing = next((path for path in spec.layers if path not in layers), None)
     if missing is not None:
         raise PlanError(f"The adapter {spec.name!r} is of another model: there is no quantised layer {missing!r}.")
@@ -152,9 +186,9 @@ def attach(model: nn.Module, spec: AdapterSpec) -> None:
                 if other is not layer:
                     link(other, ATTRIBUTE, adapters)
             layer.add_module(ATTRIBUTE, adapters)
-        adapters[spec.name] = Adapter(base_of(layer).detach(), spec.rank, spec.scaling, spec.dora)
+        adapters[spec.name] = Adapter(_updated(layer, spec.method), spec.rank, spec.scaling, spec.method, spec.dora)
         adapters.train(layer.training)
-    _set_specs(model, (*prepared_state(model).adapters, spec))
+    set_specs(model, (*prepared_state(model).adapters, spec))
 
 
 def use_adapters(model: nn.Module, *names: str) -> AdapterReport:
@@ -167,7 +201,7 @@ def use_adapters(model: nn.Module, *names: str) -> AdapterReport:
     Raises:
         PlanError: there is no such adapter, or one with magnitudes (DoRA) would be added to another.
 
-    >>> import isogrid as ig
+    >>> import isogrid as ig, torch
     >>> model = nn.Sequential(nn.Linear(32, 32))
     >>> plan = ig.plan(model, scheme="q4_0", example_inputs=(torch.zeros(1, 32),))
     >>> _ = add_adapters(ig.prepare(model, plan), rank=2, name="formal")
@@ -185,51 +219,14 @@ def use_adapters(model: nn.Module, *names: str) -> AdapterReport:
         clash = next((o for o in chosen if o is not spec and spec.dora and set(o.layers) & set(spec.layers)), None)
         if clash is not None:
             raise PlanError(f"The adapter {spec.name!r} sets norms of rows (DoRA), which {clash.name!r} would change.")
-    for layer in _adaptable(model).values():
+    for layer in adaptable(model).values():
         adapters = adapters_of(layer)
         if adapters is not None:
             adapters.active = tuple(name for name in adapters if name in names)
             for name, adapter in adapters.items():
                 adapter.requires_grad_(name in names)
-    _set_specs(model, tuple(replace(spec, active=spec.name in names) for spec in specs))
+    set_specs(model, tuple(replace(spec, active=spec.name in names) for spec in specs))
     return adapter_report(model)
-
-
-def merge_adapters(model: nn.Module) -> nn.Module:
-    """Write the active adapters into the weights and remove all of them; in place, and returned.
-
-    `convert` and `export` need no such call: they see the merged weight anyway. The codes and scales are the same.
-
-    Args:
-        model: prepared, with adapters.
-
-    Raises:
-        PlanError: the model has no adapters, or a weight is computed, so that nothing can be written.
-
-    >>> import isogrid as ig
-    >>> model = nn.Sequential(nn.Linear(32, 32))
-    >>> plan = ig.plan(model, scheme="q4_0", example_inputs=(torch.zeros(1, 32),))
-    >>> _ = add_adapters(ig.prepare(model, plan), rank=2)
-    >>> merge_adapters(model)[0].adapters
-    Traceback (most recent call last):
-    AttributeError: 'QuantizedLinear' object has no attribute 'adapters'
-    """
-    if not prepared_state(model).adapters:
-        raise PlanError("There are no adapters to merge. Add some with isogrid.add_adapters(model, rank=16).")
-    layers = {path: layer for path, layer in _adaptable(model).items() if adapters_of(layer) is not None}
-    stored = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    for path, layer in layers.items():
-        if computes_weight(layer) or base_of(layer).untyped_storage().data_ptr() not in stored:
-            raise PlanError(f"The weight of {path!r} is computed, so nothing can be written into it. Use convert.")
-    with torch.no_grad():
-        owners = {id(adapters_of(layer)): layer for layer in layers.values()}
-        for layer in owners.values():
-            base_of(layer).copy_(weight_of(layer))
-    for layer in layers.values():
-        layer.__dict__.pop(ATTRIBUTE, None)
-        layer._modules.pop(ATTRIBUTE, None)
-    _set_specs(model, ())
-    return model
 
 
 def adapter_report(model: nn.Module) -> AdapterReport:
@@ -239,6 +236,7 @@ def adapter_report(model: nn.Module) -> AdapterReport:
         PlanError: the model is not prepared.
     """
     specs = prepared_state(model).adapters
+    method = specs[0].method if specs else "l4q"
     within = {id(p) for module in model.modules() if isinstance(module, Adapters) for p in module.parameters()}
     of_scales = {id(p) for quantizer in quantizers(model).values() for p in quantizer.parameters()}
     training = [p for p in model.parameters() if p.requires_grad]
@@ -247,12 +245,12 @@ def adapter_report(model: nn.Module) -> AdapterReport:
         trainable=sum(p.numel() for p in training),
         scales=sum(p.numel() for p in training if id(p) in of_scales),
         total=sum(p.numel() for p in model.parameters() if id(p) not in within | of_scales),
-        merges_exactly=True,
-        statement="What is served is what was trained: quantising the merged weight is what trains.",
+        merges_exactly=method != "qlora",
+        statement=STATEMENTS[method],
     )
 
 
-def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
+def adaptable(model: nn.Module) -> dict[str, nn.Module]:
     """The quantised layers by path, each module once."""
     return {
         path: module
@@ -267,18 +265,62 @@ def _check_patterns(patterns: Iterable[str], layers: Mapping[str, nn.Module]) ->
             raise PlanError(f"{pattern!r} matches no quantised layer.{nearest(pattern, layers)}")
 
 
-def _check_rank(model: nn.Module, layers: Sequence[str], rank: int) -> None:
+def _check_method(others: Sequence[AdapterSpec], method: str, start: str, dora: bool) -> None:
+    if method not in METHODS:
+        raise PlanError(f"Unknown method {method!r}.{nearest(method, METHODS)} Known: {', '.join(METHODS)}.")
+    if any(spec.method != method for spec in others):
+        raise PlanError(f"The model has adapters by the method {others[0].method!r}. Merge them, or use the same one.")
+    if start not in ("zero", "loftq"):
+        raise PlanError(f"Unknown start {start!r}. Known: zero, loftq.")
+    if start == "loftq" and (method != "qlora" or others):
+        raise PlanError("LoftQ shares a weight out between codes and the first adapter beside them: method='qlora'.")
+    if dora and method != "l4q":
+        raise PlanError(f"Norms of rows train where the weight is quantised: dora=True is for 'l4q', not {method!r}.")
+
+
+def _check_layers(model: nn.Module, paths: Sequence[str], method: str) -> None:
+    """Refuse layers in which a method has no place."""
+    for path in paths:
+        layer: Any = model.get_submodule(path)
+        reason = None
+        if method == "l4q":
+            reason = "its weight is kept as codes alone" if isinstance(layer, CodedLinear) else None
+        else:
+            reason = None if isinstance(layer, CodedLinear) else why_not_coded(layer)
+            if reason is None and (layer.clamp is not None or layer.output_quantizer is not None):
+                reason = "its output is quantised"
+            if reason is None and method == "qa-lora" and not _has_movable_groups(layer):
+                reason = f"its format {layer.weight_quantizer.format} has neither zero points nor offsets of groups"
+        if reason is not None:
+            raise PlanError(f"Layer {path!r} takes no adapter by {method!r}: {reason}. Leave it out: exclude={path!r}.")
+
+
+def _has_movable_groups(layer: Any) -> bool:
+    fmt = layer.weight_quantizer.format
+    scale: Tensor = layer.weight_quantizer.raw_scale
+    return (fmt.zero_point or fmt.offset) is not None and scale.dim() == 2 and len(scale) == layer.out_features
+
+
+def _updated(layer: Any, method: str) -> Tensor:
+    """A tensor of the shape and device of what an adapter of a layer updates, [out, ...]."""
+    updated: Tensor = layer.weight_quantizer.raw_scale if method == "qa-lora" else base_of(layer)
+    return updated.detach()
+
+
+def _check_rank(model: nn.Module, layers: Sequence[str], rank: int, method: str) -> None:
     if rank < 1:
         raise PlanError(f"The rank of an adapter is at least 1, not {rank}.")
     for path in layers:
-        shape = base_of(model.get_submodule(path)).shape
+        shape = _updated(model.get_submodule(path), method).shape
         out, rest = shape[0], prod(shape[1:])
+        what = "its groups are" if method == "qa-lora" else "its weight is"
         if rank > min(out, rest):
             raise PlanError(
-                f"An adapter of rank {rank} does not fit layer {path!r}: its weight is a matrix of {out} by {rest}. "
+                f"An adapter of rank {rank} does not fit layer {path!r}: {what} a matrix of {out} by {rest}. "
                 f"Use a rank of at most {min(out, rest)}, or leave the layer out: exclude={path!r}."
             )
 
 
-def _set_specs(model: nn.Module, specs: tuple[AdapterSpec, ...]) -> None:
+def set_specs(model: nn.Module, specs: tuple[AdapterSpec, ...]) -> None:
+    """Write down which adapters a model has."""
     setattr(model, STATE_NAME, replace(prepared_state(model), adapters=specs))

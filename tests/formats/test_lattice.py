@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from isogrid.errors import FormatError
-from isogrid.formats import named_format
+from isogrid.formats import Quantized, named_format
 from isogrid.formats.lattice import find_lattice
 
 FORMATS = ("q4_0", "q4_1", "q8_0", "q4_k")
@@ -38,6 +38,49 @@ def test_blocks_with_noise_are_near(name: str, dtype: torch.dtype) -> None:
     same = (found.quantized.codes == trained.codes).reshape(-1, 32).all(1)
     # With 8 significant bits the far codes of Q8_0 are half a step wide: noise moves some of them for good.
     assert same.float().mean() >= (0.99 if name == "q8_0" and dtype == torch.bfloat16 else 0.9999)
+
+
+INTEGERS = (
+    "int4/group32:scale=bfloat16",
+    "int4/group128",
+    "int4/channel:scale=float16",
+    "uint4/group32:scale=bfloat16",
+    "uint4/channel:scale=float16",
+    "int4/group32:asymmetric",
+    "int8/channel",
+    "int8/group128:scale=bfloat16",
+    "uint8/group128:scale=float16",
+)
+
+
+@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_by_group_and_channel(name: str, dtype: torch.dtype) -> None:
+    """Codes less their zero points; which code zero has is not in the values where the grid's ends are not."""
+    fmt = named_format(name)
+    trained = fmt.quantize(0.02 * torch.randn(64, 512, generator=torch.Generator().manual_seed(0)) + 0.003)
+    stored = trained.dequantize().to(dtype)
+    found = find_lattice(stored, fmt)
+    assert found.exact.all()
+    assert torch.equal(found.quantized.dequantize().to(dtype), stored)
+    ours, theirs = found.quantized, trained
+    rows = len(found.exact)
+    one, other = (q.codes.reshape(rows, -1).int() - _zero(q, rows) for q in (ours, theirs))
+    assert (one == other).all(1).float().mean() >= 0.9999
+
+
+def _zero(quantized: Quantized, rows: int) -> torch.Tensor:
+    zero = quantized.affine.zero_point
+    return torch.zeros(rows, 1, dtype=torch.int32) if zero is None else zero.reshape(rows, 1).int()
+
+
+def test_the_usual_route_alters_codes() -> None:
+    fmt = named_format("int8/group128:scale=bfloat16")
+    trained = fmt.quantize(torch.randn(8, 256, generator=torch.Generator().manual_seed(0)), torch.full((8, 2), 0.011))
+    found = find_lattice(trained.dequantize().bfloat16(), fmt)
+    usual = fmt.quantize(trained.dequantize().bfloat16().float())
+    other = (usual.codes != trained.codes).reshape(-1, 128).any(1)
+    assert found.exact.all() and torch.equal(found.requantised, other) and other.any()
 
 
 @pytest.mark.parametrize("name", FORMATS)

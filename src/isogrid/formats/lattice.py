@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from isogrid.errors import FormatError
-from isogrid.formats.format import Format, Quantized
+from isogrid.formats.floats import NativeGrid
+from isogrid.formats.format import Affine, Format, Quantized
+from isogrid.formats.granularity import PerChannel, PerGroup
 from isogrid.formats.grid import IntegerGrid
-from isogrid.formats.superblocks import fit_superblocks
+from isogrid.formats.superblocks import NEAR, fit_superblocks
 
 SIGNIFICANT_BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
-NEAR = 0.2
-"""Share of a step by which values may miss a lattice, beyond the rounding of their storage, and still be near it."""
-
 TINY = 1e-9
 """Added to the distance of a block that a lattice does not reproduce to the last bit, so that it is not 0."""
 
@@ -32,12 +31,42 @@ class Lattice:
         exact: bool [blocks]: whether the block's values are those of the lattice, rounded to the type of storage.
         near: bool [blocks]: exact, or within a fifth of a step.
         residual: float32 [blocks]: the largest distance from the lattice in steps, beyond the rounding of storage.
+        requantised: bool [blocks]: whether rounding to the nearest on scales from the values, the usual route, gives
+            other codes, counted from the zero point, than the lattice has.
     """
 
     quantized: Quantized
     exact: Tensor
     near: Tensor
     residual: Tensor
+    requantised: Tensor
+
+
+@dataclass(frozen=True)
+class Multiples:
+    """Which multiples of a scale the values of a block may be.
+
+    Attributes:
+        low, high: the ends.
+        span: how far the smallest and the largest of a block, or zero, may lie apart.
+        flips: the scale may be negative.
+        dtype: of the scale.
+    """
+
+    low: int
+    high: int
+    span: int
+    flips: bool
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(fmt: Format, grid: IntegerGrid) -> "Multiples":
+        """Of an integer format; a zero point may be any code, so that zero is among the values in any case."""
+        assert fmt.scale is not None and isinstance(fmt.scale.grid, NativeGrid)
+        span, dtype = grid.high - grid.low, fmt.scale.grid.dtype
+        if fmt.zero_point is not None:
+            return Multiples(-span, span, span, fmt.signed_scale, dtype)
+        return Multiples(grid.low, grid.high, span, fmt.signed_scale, dtype)
 
 
 @dataclass(frozen=True)
@@ -45,7 +74,7 @@ class Blocks:
     """Lattices of many blocks.
 
     Attributes:
-        scale: float64 [blocks], numbers of float16.
+        scale: float64 [blocks], numbers that storage has.
         offset: likewise; zeros where there are none.
         codes: int64 [blocks, values].
     """
@@ -69,7 +98,8 @@ def find_lattice(x: Tensor, fmt: Format) -> Lattice:
 
     Args:
         x: bfloat16, float16 or float32 [..., n].
-        fmt: q4_0, q4_1, q8_0 or q4_k.
+        fmt: q4_0, q4_1, q8_0, q4_k, or integers by group or by channel on float scales, such as `int4/group128` and
+            `uint4/group32:scale=bfloat16`.
 
     Raises:
         FormatError: the format is another one, or its blocks do not divide the rows.
@@ -83,32 +113,54 @@ def find_lattice(x: Tensor, fmt: Format) -> Lattice:
     shape = tuple(x.shape)
     if x.dtype not in SIGNIFICANT_BITS:
         raise FormatError(f"Lattices are found in bfloat16, float16 and float32, not in {x.dtype}.")
+    grid = _grid_of(fmt)
     scale_shape = fmt.scale_shape(shape)
-    if not isinstance(fmt.grid, IntegerGrid) or fmt.scale is None or fmt.zero_point is not None:
-        raise FormatError(f"Lattices are found of q4_0, q4_1, q8_0 and q4_k, not of {fmt}.")
     block = shape[-1] // scale_shape[-1]
-    if fmt.scale.scale is not None:
-        if fmt.offset is None:
-            raise FormatError(f"Lattices are found of q4_0, q4_1, q8_0 and q4_k, not of {fmt}.")
+    if fmt.scale is not None and fmt.scale.scale is not None:
         return _of_superblocks(x, fmt, block)
     rows = x.detach().reshape(-1, block)
-    found = (_affine if fmt.offset is not None else _symmetric)(rows, fmt.grid)
-    usual = fmt.quantize(x.float())
-    affine = usual.affine
-    assert affine.scale is not None
+    found = _affine(rows, grid) if fmt.offset is not None else _symmetric(rows, Multiples.of(fmt, grid))
     residual = _residual(rows, found)
     near = residual < NEAR
-    offset = None if fmt.offset is None else torch.where(near, found.offset.float(), _flat(affine.offset))
-    scale = torch.where(near, found.scale.float(), _flat(affine.scale))
-    codes = torch.where(near[:, None], found.codes, usual.codes.reshape(-1, block).to(torch.int64))
-    stored = Quantized(
-        codes.reshape(shape).to(usual.codes.dtype),
-        fmt,
-        shape,
-        scale=_stored(fmt.scale, scale.reshape(scale_shape)),
-        offset=None if fmt.offset is None or offset is None else _stored(fmt.offset, offset.reshape(scale_shape)),
+    quantized, other = _stored(fmt, found, near, fmt.quantize(x.float()))
+    return Lattice(quantized, _exact(rows, found), near, residual, other)
+
+
+def _grid_of(fmt: Format) -> IntegerGrid:
+    """The integers of a format whose lattices are found; raises FormatError for others."""
+    grid, scale = fmt.grid, fmt.scale
+    group = isinstance(fmt.granularity, PerGroup) and fmt.granularity.axis == -1 and not fmt.granularity.pads
+    known = isinstance(grid, IntegerGrid) and not grid.midrise and grid.bits <= 8 and scale is not None
+    if known and scale is not None and (group or fmt.granularity == PerChannel(0)):
+        plain = isinstance(scale.grid, NativeGrid) and scale.grid.dtype in SIGNIFICANT_BITS
+        super_blocks = scale.scale is not None and fmt.offset is not None
+        halves = fmt.offset is None or (plain and scale.grid == NativeGrid(torch.float16))
+        if isinstance(grid, IntegerGrid) and (super_blocks or (plain and halves)):
+            return grid
+    raise FormatError(
+        "Lattices are found of q4_0, q4_1, q8_0, q4_k, and of integers by group or by channel on float scales, such as "
+        f"int4/group128:scale=bfloat16, not of {fmt}."
     )
-    return Lattice(stored, _exact(rows, found), near, residual)
+
+
+def _stored(fmt: Format, found: Blocks, near: Tensor, usual: Quantized) -> tuple[Quantized, Tensor]:
+    """What was found where it is near, and what is usual elsewhere; and bool [blocks], where the codes are others."""
+    shape, affine = usual.shape, usual.affine
+    grid = _grid_of(fmt)
+    zero = -found.codes.amin(1).clamp(max=0) + grid.low if fmt.zero_point is not None else None
+    ours = Affine(found.scale, zero, found.offset if fmt.offset is not None else None)
+    parts = {}
+    for name, part in ours._asdict().items():
+        theirs, kind = getattr(affine, name), getattr(fmt, name)
+        if part is not None:
+            values = torch.where(near, part.float(), theirs.reshape(-1))
+            parts[name] = kind.quantize(values.reshape(theirs.shape))
+    codes = found.codes if zero is None else found.codes + zero[:, None]
+    old = usual.codes.reshape(codes.shape).to(torch.int64)
+    shifted = old if affine.zero_point is None else old - affine.zero_point.reshape(-1, 1).to(torch.int64)
+    other = near & (shifted != found.codes).any(1)
+    codes = torch.where(near[:, None], codes, old).reshape(shape).to(usual.codes.dtype)
+    return Quantized(codes, fmt, shape, **parts), other
 
 
 def _of_superblocks(x: Tensor, fmt: Format, block: int) -> Lattice:
@@ -147,7 +199,8 @@ def _of_superblocks(x: Tensor, fmt: Format, block: int) -> Lattice:
         offset=part(fmt.offset, usual.offset, -found.offset_codes, found.super_offset),
     )
     exact = _exact(rows, blocks).reshape(-1, group).all(1).repeat_interleave(group)
-    return Lattice(quantized, exact, near, residual)
+    other = (usual.codes.reshape(-1, block) != quantized.codes.reshape(-1, block)).any(1)
+    return Lattice(quantized, exact, near, residual, other)
 
 
 def half_step(x: Tensor) -> Tensor:
@@ -157,19 +210,14 @@ def half_step(x: Tensor) -> Tensor:
     return torch.exp2((exponent - SIGNIFICANT_BITS[x.dtype] - 1).clamp(min=least).double())
 
 
-def nearest_half(x: Tensor) -> Tensor:
-    """The nearest number of float16, as float64."""
-    return x.to(torch.float16).double()
-
-
-def _symmetric(x: Tensor, grid: IntegerGrid) -> Blocks:
+def _symmetric(x: Tensor, allowed: Multiples) -> Blocks:
     """Multiples of a scale.
 
     First the largest value is tried as the grid's ends, as most quantisers have it; then the smallest as 1, 2, 3, ...
     steps, until all others are multiples too; what is on no lattice to the last bit then gets the nearest.
     """
     top = x.double().abs().amax(1)
-    reach = max(-int(grid.low), int(grid.high))
+    reach = max(-allowed.low, allowed.high)
     smallest = torch.where(x.abs() > top[:, None] / (4 * reach), x.abs().double(), torch.inf).amin(1)
     ratio = torch.where(top > 0, top / smallest, 1.0)
     zero = torch.zeros_like(top)
@@ -181,22 +229,22 @@ def _symmetric(x: Tensor, grid: IntegerGrid) -> Blocks:
         nonlocal found
         pending = ((best >= bound) & (ends >= 1) & (ends <= reach)).nonzero().flatten()
         if pending.numel():
-            tried = _multiples(x[pending], ends[pending], grid)
+            tried = _multiples(x[pending], ends[pending], allowed)
             missed = torch.where(_exact(x[pending], tried), 0.0, _residual(x[pending], tried).double() + TINY)
             better = missed < best[pending]
             found = found.merged(_spread(tried, pending, found), _marked(better, pending, len(top)))
             best[pending] = torch.where(better, missed, best[pending])
         return bool((best >= bound).any())
 
-    usual = (torch.full_like(top, end) for end in (-int(grid.low), int(grid.high)))
+    usual = (torch.full_like(top, end) for end in (-allowed.low, allowed.high))
     by_smallest = ((ratio * steps).round() + shift for steps in range(1, reach + 1) for shift in (0, 1, -1))
     if all(attempt(ends, TINY) for ends in (*usual,)) and all(attempt(ends, TINY) for ends in by_smallest):
         all(attempt(torch.full_like(top, end), NEAR / 2) for end in range(1, reach + 1))
     return found
 
 
-def _multiples(x: Tensor, ends: Tensor, grid: IntegerGrid) -> Blocks:
-    """Codes where the largest value is so many steps, and the number of float16 amid all scales that give them."""
+def _multiples(x: Tensor, ends: Tensor, allowed: Multiples) -> Blocks:
+    """Codes where the largest value is so many steps, and the storable scale amid all that give them."""
     v = x.double()
     top = v.abs().amax(1, keepdim=True)
     scale = top / ends[:, None]
@@ -205,11 +253,12 @@ def _multiples(x: Tensor, ends: Tensor, grid: IntegerGrid) -> Blocks:
         codes = torch.where(codes.abs() <= certain, codes, 0.0)
         codes = torch.where(v.abs() == top, v.sign() * ends[:, None], codes)
         scale = _middle(v, x, codes)[:, None]
-    # A code above the grid's largest asks for a negative scale.
-    codes = torch.where((codes.amax(1) > grid.high)[:, None], -codes, codes)
-    fits = (codes >= grid.low) & (codes <= grid.high)
-    codes = torch.where(fits.all(1)[:, None], codes, 0.0)
-    scale = nearest_half(_middle(v, x, codes))
+    if allowed.flips:  # a code above the grid's largest asks for a negative scale
+        codes = torch.where((codes.amax(1) > allowed.high)[:, None], -codes, codes)
+    least, most = codes.amin(1).clamp(max=0), codes.amax(1).clamp(min=0)
+    fits = (least >= allowed.low) & (most <= allowed.high) & (most - least <= allowed.span)
+    codes = torch.where(fits[:, None], codes, 0.0)
+    scale = _middle(v, x, codes).to(allowed.dtype).double()
     return Blocks(scale, torch.zeros_like(scale), codes.to(torch.int64))
 
 
@@ -255,7 +304,7 @@ def _offsetted(x: Tensor, rough: Blocks, rows: Tensor, start: int, ulps: int) ->
     codes = (rough.codes[rows] + start).double()
     offset = (rough.offset[rows] - start * rough.scale[rows]).to(torch.float16)
     offset = _neighbour(offset, ulps)
-    scale = nearest_half(_middle(x.double() - offset[:, None], x, codes))
+    scale = _middle(x.double() - offset[:, None], x, codes).to(torch.float16).double()
     return Blocks(scale, offset, codes.to(torch.int64))
 
 
@@ -319,13 +368,3 @@ def _marked(chosen: Tensor, rows: Tensor, count: int) -> Tensor:
     marked = torch.zeros(count, dtype=torch.bool, device=rows.device)
     marked[rows[chosen]] = True
     return marked
-
-
-def _flat(x: Tensor | None) -> Tensor:
-    assert x is not None
-    return x.reshape(-1).float()
-
-
-def _stored(fmt: Format, values: Tensor) -> Quantized:
-    """Numbers that are numbers of the format already."""
-    return fmt.quantize(values)

@@ -9,7 +9,7 @@ LAST = 63
 """The largest scale or minimum of a block, in 6 bits; ggml's own quantiser gives it to the largest of each eight."""
 
 NEAR = 0.2
-"""Share of a step by which a lattice may miss before others are tried."""
+"""Share of a step by which values may miss a lattice, beyond the rounding of their storage, and still be near it."""
 
 
 @dataclass(frozen=True)

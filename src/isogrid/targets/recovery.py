@@ -27,7 +27,7 @@ class Recovered:
         blocks: how many it has; 0 where the format does not fit it.
         exact, near: how many lie on a lattice to the last bit of their storage, and within a fifth of a step.
         residual: the largest distance of a block that is near, in steps.
-        requantised: blocks that ggml-style rounding to the nearest would give other codes than the lattice has.
+        requantised: blocks that rounding to the nearest, the usual route, would give other codes than the lattice has.
         weight: scales and codes; None where less than half of the blocks are near a lattice.
     """
 
@@ -45,7 +45,7 @@ def recover(tensors: Mapping[str, Tensor] | Iterator[tuple[str, Tensor]], fmt: F
 
     Args:
         tensors: by name; those of one dimension are left out.
-        fmt: q4_0, q4_1, q8_0 or q4_k.
+        fmt: one that `isogrid.formats.lattice.find_lattice` takes.
 
     Raises:
         FormatError: the format is another one.
@@ -59,17 +59,17 @@ def recover(tensors: Mapping[str, Tensor] | Iterator[tuple[str, Tensor]], fmt: F
         if tensor.dim() != 2 or not tensor.dtype.is_floating_point:
             continue
         try:
-            block = tensor.shape[-1] // fmt.scale_shape(tuple(tensor.shape))[-1]
+            fmt.scale_shape(tuple(tensor.shape))
         except FormatError:
             yield Recovered(name, 0, 0, 0, 0.0, 0, None)
             continue
         rows = max(1, CHUNK // tensor.shape[1])
         parts = [find_lattice(chunk, fmt) for chunk in torch.split(tensor, rows)]
         weight = _joined([part.quantized for part in parts], tuple(tensor.shape))
-        exact, near = (torch.cat([getattr(part, kind) for part in parts]) for kind in ("exact", "near"))
+        exact, near, other = (
+            torch.cat([getattr(part, kind) for part in parts]) for kind in ("exact", "near", "requantised")
+        )
         residual = torch.cat([part.residual for part in parts])
-        usual = torch.cat([fmt.quantize(chunk.float()).codes for chunk in torch.split(tensor, rows)])
-        other = (usual.reshape(-1, block) != weight.codes.reshape(-1, block)).any(1)
         on_lattice = int(near.sum()) * 2 >= near.numel()
         yield Recovered(
             name,
@@ -127,7 +127,7 @@ def _joined(parts: list[Quantized], shape: tuple[int, ...]) -> Quantized:
     first = parts[0]
     codes = torch.cat([part.codes for part in parts])
     inner = {}
-    for name in ("scale", "offset"):
+    for name in ("scale", "zero_point", "offset"):
         pieces = [getattr(part, name) for part in parts]
         if pieces[0] is not None:
             inner[name] = _joined(pieces, first.format.scale_shape(shape))

@@ -54,7 +54,7 @@ def write_checkpoint(
             part: Any = getattr(model, name, None)
             if hasattr(part, "save_pretrained"):
                 part.save_pretrained(str(folder))
-        _write_tensors(folder, tensors)
+        write_tensors(folder, tensors)
         # Through the config's own JSON: it writes dtypes and nested configs as transformers reads them.
         own = json.loads(model.config.to_json_string(use_diff=False))
         text = json.dumps({**own, **{key: config[key] for key in ("architectures", "quantization_config")}}, indent=2)
@@ -110,7 +110,8 @@ def float_linears(model: nn.Module) -> list[str]:
     return list(found)
 
 
-def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write safetensors, in several files with an index where they are large."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 

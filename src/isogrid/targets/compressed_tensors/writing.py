@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.errors import TargetError
+from isogrid.formats import Quantized
 from isogrid.layers.experts import StoredExperts
 from isogrid.layers.stored import StoredLinear
 from isogrid.targets.checkpoints.rows import Rows, take_rows
@@ -16,20 +17,29 @@ from isogrid.targets.compressed_tensors.packing import LAYOUTS, PACKED
 
 def packed_tensors(module: StoredLinear, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of some rows of a layer, by their names within it, for a model of this dtype."""
-    quantized = take_rows(module.quantized, rows)
-    layout = LAYOUTS[storage_of(module).layout]
+    tensors = stored_tensors(take_rows(module.quantized, rows), module.activations, dtype)
+    if module.input is not None:
+        tensors["input_scale"] = module.input.scale.reshape(1)
+    return tensors
+
+
+def stored_tensors(quantized: Quantized, activations: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a weight by their names within its layer, for inputs of a rule or format and a model of a dtype.
+
+    Raises:
+        TargetError: the dtype cannot hold the scales.
+    """
+    layout = LAYOUTS[Storage(quantized.format, activations).layout]
     tensors = layout.pack(quantized)
     if layout is PACKED:
         # Readers decompress in the dtype that the scale has in the file, so it is the model's, in which it is exact.
         scale = tensors["weight_scale"].to(dtype)
         if not torch.equal(scale.float(), tensors["weight_scale"].float()):
             raise TargetError(
-                f"Scales of {module.format} cannot be stored in {dtype}, the dtype of the model. "
-                "Train on scales of that dtype, by a rule such as weight='int4/group128:scale=float16'."
+                f"Scales of {quantized.format} cannot be stored in {dtype}, the dtype of the model. "
+                "Take scales of that dtype, by a format such as int4/group128:scale=float16."
             )
         tensors["weight_scale"] = scale
-    if module.input is not None:
-        tensors["input_scale"] = module.input.scale.reshape(1)
     return tensors
 
 

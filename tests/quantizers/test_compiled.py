@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import isogrid as ig
 from isogrid.formats import Affine, named_format
@@ -92,6 +93,19 @@ def test_many_formats_do_not_run_into_the_recompilation_limit(caplog: pytest.Log
             for end in ("tensor", "channel", "group32"):
                 outcome(f"int{bits}/{end}", x, StraightThrough())
     assert not caplog.records
+
+
+def test_where_a_dispatch_mode_looks_on_nothing_is_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(8, 64)
+    with Watching(), caplog.at_level(logging.WARNING):
+        watched = outcome("int4/group32", x)
+    assert not caplog.records
+    for ours, expected in zip(watched, outcome("int4/group32", x), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("piece", [1, 100, 256, 1000, 2**30])

@@ -46,6 +46,17 @@ def test_long_sums_count_for_more_operations() -> None:
     assert surveyed(nn.Linear(4096, 2), torch.zeros(1, 4096)).outputs == [Origin(False, 4.0)]
 
 
+def test_angles_are_as_exact_as_their_rounding() -> None:
+    class Rotation(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.cos(x), torch.sin(512 * x)
+
+    near, far = surveyed(Rotation(), torch.linspace(0, 1, 8)).outputs
+    assert near.depth == 1.0
+    # 512 is known to half of 2**-14, and one operation stands for 1e-6.
+    assert far.depth == pytest.approx(512 * 2**-24 / 1e-6)
+
+
 @pytest.mark.parametrize(
     ("module", "shape", "macs"),
     [

@@ -49,5 +49,5 @@ def run(
         soft_wrap=True,
     )
     if not result.verification:
-        output.print(str(result.verification), markup=False)
+        output.print(result.verification)
         raise typer.Exit(1)

@@ -77,9 +77,9 @@ def _table(*figures: str) -> Table:
 
 
 def _language_table(rows: Sequence[ResultRow]) -> Table:
-    """The rows of language models."""
+    """The rows of language models; an interval of perplexities is nearly symmetric, and its halves fit."""
     table = _table(
-        "perplexity\n[95 %]", "as\ntrained", "agree\n%", "size\n", "prompt\ntokens/s", "decoding\ntokens/s"
+        "perplexity\n± 95 %", "as\ntrained", "agree\n%", "size\n", "prompt\ntokens/s", "decoding\ntokens/s"
     )
     for row in rows:
         found = row.language
@@ -87,7 +87,7 @@ def _language_table(rows: Sequence[ResultRow]) -> Table:
             table.add_row(
                 Text(row.name, style="bold" if row.method == "qat" else ""),
                 row.method,
-                f"{found.perplexity:.2f} \\[{found.low:.2f}, {found.high:.2f}]",
+                f"{found.perplexity:.2f} ± {(found.high - found.low) / 2:.2f}",
                 words.MISSING if found.trained_perplexity is None else f"{found.trained_perplexity:.2f}",
                 words.MISSING if found.agreement is None else words.percent(found.agreement),
                 words.size(row.size_bytes),

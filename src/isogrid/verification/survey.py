@@ -40,6 +40,12 @@ EXACT_OPERATIONS = frozenset(
 FLOAT_ISOGRID_OPERATIONS = frozenset({"matmul_nbits"})
 
 
+ANGLES = frozenset({"cos", "sin"})
+"""Operations whose value is only as exact as their argument is absolutely, as rotary embeddings' by the position."""
+
+ROUNDINGS = 1e-6 * 2**24
+"""Of float32, in what counts for one operation."""
+
 Run = Callable[[tuple[Any, ...]], Any]
 
 
@@ -49,7 +55,8 @@ class Origin(NamedTuple):
     Attributes:
         exact: through integers and exact operations alone, all the way from the inputs.
         depth: how many other float operations lie on the longest way from the last quantised tensor, packed layer or
-            input; a sum of n products counts for sqrt(n) / 16 of them, as rounding errors wander.
+            input; a sum of n products counts for sqrt(n) / 16 of them, as rounding errors wander, and the sine or
+            cosine of an angle for as many as make up the angle's own rounding.
     """
 
     exact: bool
@@ -220,7 +227,10 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             depth, exact = float(rounds), exact and not rounds and name not in FLOAT_ISOGRID_OPERATIONS
         elif name not in EXACT_OPERATIONS:
             products = macs / max(1, tensors[0].numel()) if macs else 0.0
-            depth, exact = depth + max(1.0, sqrt(products) / 16), False
+            counted = max(1.0, sqrt(products) / 16)
+            if name in ANGLES:
+                counted = max(counted, float(operands[0].abs().max()) / ROUNDINGS)
+            depth, exact = depth + counted, False
         for tensor in tensors:
             self._alive.append(tensor)
             self._origins[id(tensor)] = Origin(exact, depth)

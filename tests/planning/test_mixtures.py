@@ -11,8 +11,8 @@ from isogrid.planning.roles import Weight, role_of
 from isogrid.planning.rules import SCHEMES
 
 
-def llama(blocks: int, hidden: int = 256, sharing: int = 1, tied: bool = False) -> list[Weight]:
-    """The weights of a Llama, by the names of transformers."""
+def llama(blocks: int, hidden: int = 256, sharing: int = 1, tied: bool = False, experts: int = 1) -> list[Weight]:
+    """The weights of a Llama, or of a Mixtral, by the names of transformers."""
     rows = {"self_attn.q_proj": hidden, "self_attn.k_proj": hidden // sharing, "self_attn.v_proj": hidden // sharing}
     rows |= {"self_attn.o_proj": hidden, "mlp.gate_proj": 512, "mlp.up_proj": 512, "mlp.down_proj": hidden}
     embedding = "model.embed_tokens"
@@ -20,7 +20,12 @@ def llama(blocks: int, hidden: int = 256, sharing: int = 1, tied: bool = False) 
     for block in range(blocks):
         for name, out in rows.items():
             path = f"model.layers.{block}.{name}"
-            found.append(Weight(path, "linear", (out, 512 if "down" in name else hidden), path))
+            columns = 512 if "down" in name else hidden
+            if experts > 1 and "mlp" in name:
+                path = path.replace("mlp.", "mlp.experts.").replace("_proj", "_projection")
+                found.append(Weight(path, "experts", (experts * out, columns), path, experts))
+            else:
+                found.append(Weight(path, "linear", (out, columns), path))
     return [*found, Weight("lm_head", "linear", (1000, hidden), embedding if tied else "lm_head")]
 
 
@@ -66,6 +71,16 @@ def test_half_of_the_values_and_of_the_feed_forward_outputs_get_six_bits() -> No
 )
 def test_types_by_role(mixture: str, ending: str, expected: list[str]) -> None:
     assert types(mixture, llama(16), ending) == expected
+
+
+def test_eight_experts_and_eighty_blocks() -> None:
+    eight = llama(16, sharing=4, experts=8)
+    assert set(types("q4_k_m", eight, "v_proj")) == set(types("q4_0", eight, "k_proj")) == {"q8_0"}
+    assert set(types("q4_k_m", eight, "o_proj")) == {"q5_k"} and set(types("q3_k_l", eight, "o_proj")) == {"q3_k"}
+    assert types("q4_k_m", eight, "down_projection")[:4] == ["q6_k", "q6_k", "q4_k", "q4_k"]
+    assert set(types("q4_k_m", llama(16, experts=4), "k_proj")) == {"q4_k"}
+    assert set(types("q3_k_s", llama(80, sharing=8), "v_proj")) == {"q5_k"}
+    assert set(types("q3_k_s", llama(80), "v_proj")) == {"q3_k"}
 
 
 def test_a_table_that_is_also_the_output_is_stored_as_the_output() -> None:

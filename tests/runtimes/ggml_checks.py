@@ -128,10 +128,11 @@ def quantized(tensors: Tensors, kind: int) -> tuple[None, Tensors]:
 
 
 def types(
-    tensors: Tensors, names: list[str], shapes: list[list[int]], file_types: dict[str, int], layers: int, sharing: int
+    tensors: Tensors, names: list[str], shapes: list[list[int]], file_types: dict[str, int], layers: int, sharing: int,
+    experts: int = 0,
 ) -> tuple[dict[str, list[str]], Tensors]:
     """The types that llama-quantize gives to tensors of these names, by the name of the file's type."""
-    model = _description(ctypes.byref(Description(b"llama", 256, 512, layers, 8, 8 // sharing, 0, 32, 32)))
+    model = _description(ctypes.byref(Description(b"llama", 256, 512, layers, 8, 8 // sharing, experts, 32, 32)))
     parameters = _defaults()
     state = _start(model, ctypes.addressof(parameters))
     context = _init(Memory(16 << 20, None, True))

@@ -145,3 +145,15 @@ def test_types_are_those_of_llama_quantize(blocks: int, hidden: int, sharing: in
     for name, types in found.items():
         ours = assign(name, MIXTURES[name].base, everything)
         assert [ours[w.path].weight.replace("float16", "f16") for w in weights] == types, name
+
+
+@pytest.mark.parametrize(("blocks", "sharing", "experts"), [(80, 1, 1), (80, 8, 1), (80, 4, 8), (16, 4, 8), (16, 1, 4)])
+def test_types_of_large_models_and_of_experts(blocks: int, sharing: int, experts: int) -> None:
+    weights = llama(blocks, 256, sharing, experts=experts)
+    names = [of_gguf(w.path.replace("projection", "proj").replace("experts.", "")) for w in weights]
+    names = [re.sub(r"ffn_\w+", r"\g<0>_exps", name) if experts > 1 else name for name in names]
+    facts = {"layers": blocks, "sharing": sharing, "experts": experts if experts > 1 else 0}
+    found = worker().call("types", names=names, shapes=[w.shape for w in weights], file_types=FILE_TYPES, **facts).value
+    for name, types in found.items():
+        ours = assign(name, MIXTURES[name].base, weights)
+        assert [ours[w.path].weight for w in weights] == types, name

@@ -1,8 +1,7 @@
 """Mixtures of types: which layers of a language model llama.cpp stores finer than others, and what it falls back to.
 
 Written after `llama_tensor_get_type_impl` and `tensor_type_fallback` in llama-quant.cpp, llama.cpp of llama-cpp-python
-0.3.36, without its exceptions for Falcon, GLM-5, models of 70B and mixtures of eight experts, and without importance
-matrices.
+0.3.36, without its exceptions for Falcon and GLM-5, and without importance matrices.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,17 +35,25 @@ class Position:
     Attributes:
         index, count: which it is among the layers of its role, and of how many: as many as the model has blocks.
         sharing: how many query heads share a key and value head.
+        blocks, experts: of the model.
     """
 
     index: int
     count: int
     sharing: int
+    blocks: int = 0
+    experts: int = 1
 
     @property
     def takes_more_bits(self) -> bool:
         """The first and the last eighth of the blocks, and every third between them."""
         eighth = self.count // 8
         return self.index < eighth or self.index >= 7 * self.count // 8 or (self.index - eighth) % 3 == 2
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the model is of 80 blocks and its values are shared, as Llama's and Qwen's of 70 billion are."""
+        return self.blocks == 80 and self.sharing > 1
 
     @property
     def is_early(self) -> bool:
@@ -87,17 +94,25 @@ class Mixture:
         finer: type by role; the values' choice holds for fused queries, keys and values as well.
         embedding: of token embeddings, where it is another than the base.
         output: of the output layer, and of embeddings that are one with it; None for the base.
+        eight: of attention outputs in models of eight experts; None for the base.
     """
 
     base: str
     finer: Mapping[Role, Choose]
     embedding: str | None = None
     output: str | None = "q6_k"
+    eight: str | None = None
 
 
-def _mixture(base: str, embedding: str | None = None, output: str | None = "q6_k", **finer: Choose) -> Mixture:
+def _mixture(
+    base: str,
+    embedding: str | None = None,
+    output: str | None = "q6_k",
+    eight: str | None = None,
+    **finer: Choose,
+) -> Mixture:
     roles: dict[Role, Choose] = finer  # type: ignore[assignment]
-    return Mixture(base, roles, embedding, output)
+    return Mixture(base, roles, embedding, output, eight)
 
 
 def _sixteenth(position: Position) -> str:
@@ -108,14 +123,19 @@ MIXTURES: dict[str, Mixture] = {
     **{name: _mixture(name) for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q6_k", "q1_0")},
     "q8_0": _mixture("q8_0", output=None),
     **{name: _mixture(name, embedding="q4_k") for name in ("tq1_0", "tq2_0", "q2_0")},
-    "iq4_nl": _mixture("iq4_nl", attention_v=_shared("q5_k"), ffn_down=_early("q5_k")),
+    "iq4_nl": _mixture("iq4_nl", eight="q5_k", attention_v=_shared("q5_k"), ffn_down=_early("q5_k")),
     "q2_k": _mixture(
-        "q2_k", attention_v=_shared("q4_k", "q3_k"), ffn_down=_always("q3_k"), attention_output=_always("q3_k")
+        "q2_k",
+        eight="q5_k",
+        attention_v=_shared("q4_k", "q3_k"),
+        ffn_down=_always("q3_k"),
+        attention_output=_always("q3_k"),
     ),
     "q2_k_s": _mixture("q2_k", attention_v=_shared("q4_k"), ffn_down=_early("q4_k")),
-    "q3_k_s": _mixture("q3_k"),
+    "q3_k_s": _mixture("q3_k", eight="q5_k"),
     "q3_k_m": _mixture(
         "q3_k",
+        eight="q5_k",
         attention_v=_first(2, "q5_k", "q4_k"),
         ffn_down=_sixteenth,
         attention_output=_always("q4_k"),
@@ -123,8 +143,8 @@ MIXTURES: dict[str, Mixture] = {
     "q3_k_l": _mixture(
         "q3_k", attention_v=_always("q5_k"), ffn_down=_always("q5_k"), attention_output=_always("q5_k")
     ),
-    "q4_k_s": _mixture("q4_k", attention_v=_first(4, "q5_k"), ffn_down=_early("q5_k")),
-    "q4_k_m": _mixture("q4_k", attention_v=_more_bits("q6_k"), ffn_down=_more_bits("q6_k")),
+    "q4_k_s": _mixture("q4_k", eight="q5_k", attention_v=_first(4, "q5_k"), ffn_down=_early("q5_k")),
+    "q4_k_m": _mixture("q4_k", eight="q5_k", attention_v=_more_bits("q6_k"), ffn_down=_more_bits("q6_k")),
     "q5_k_s": _mixture("q5_k"),
     "q5_k_m": _mixture("q5_k", attention_v=_more_bits("q6_k"), ffn_down=_more_bits("q6_k")),
     # In the manner of Unsloth's dynamic files, whose own choices are made model by model: values and both ends in 6
@@ -172,14 +192,16 @@ def assign(mixture: str | None, base: str, weights: Sequence[Weight]) -> dict[st
     roles = {weight.path: role_of(weight, tied) for weight in weights}
     blocks = len({block_of(weight.path) for weight in weights} - {None})
     values = sum(role in _VALUES for role in roles.values())
-    sharing = _sharing(roles, weights)
+    sharing, experts = _sharing(roles, weights), max((weight.experts for weight in weights), default=1)
     seen: dict[Role, int] = {}
     found = {}
     for weight in weights:
         role = roles[weight.path]
         counter: Role = "attention_v" if role in _VALUES else role
         index = seen[counter] = seen.get(counter, -1) + 1
-        position = Position(index, values if role in _VALUES else blocks, sharing)
+        if experts > 1 and role == "ffn_down":  # of which a block may have several
+            index = block_of(weight.path) or 0
+        position = Position(index, values if role in _VALUES else blocks, sharing, blocks, experts)
         found[weight.path] = _fitting(_of_role(known, role, position, weight, tied), weight)
     return found
 
@@ -195,8 +217,12 @@ def _of_role(known: Mixture, role: Role, position: Position, weight: Weight, tie
         return Assigned(known.embedding, "token embeddings") if known.embedding else Assigned(known.base)
     choose = known.finer.get("attention_v" if role in _VALUES else role)
     chosen = None if choose is None else choose(position)
-    words = role.replace("_", " ")
-    return Assigned(known.base) if chosen is None else Assigned(chosen, f"{words}, block {position.index}")
+    words = f"{role.replace('_', ' ')}, block {position.index}"
+    if position.is_large and role in _VALUES and (chosen or known.base) in ("q3_k", "q4_k"):
+        chosen = "q5_k"
+    if position.experts == 8 and role in (*_VALUES, "attention_k", "attention_output"):
+        chosen, words = known.eight if role == "attention_output" else "q8_0", f"{words}, of eight experts"
+    return Assigned(known.base) if chosen is None else Assigned(chosen, words)
 
 
 def _sharing(roles: Mapping[str, Role], weights: Iterable[Weight]) -> int:

@@ -152,8 +152,10 @@ class Placement:
         weights = []
         for name, calls in self.graph.by_name.items():
             if calls[0].kind in LAYER_KINDS and self._why_float(calls) is None:
-                owner = first.setdefault(weight_key(self.model.get_submodule(name)), name)
-                weights.append(Weight(name, calls[0].kind, tuple(self._weight(name).shape), owner))
+                module = self.model.get_submodule(name)
+                owner = first.setdefault(weight_key(module), name)
+                experts = int(getattr(module, "experts", 1)) if calls[0].kind == "experts" else 1
+                weights.append(Weight(name, calls[0].kind, tuple(self._weight(name).shape), owner, experts))
         return assign(self.scheme.mixture, self.scheme.weight, weights)
 
     def _static_plan(self) -> Plan:

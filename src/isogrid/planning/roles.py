@@ -21,12 +21,14 @@ class Weight:
         kind: linear, experts or embedding.
         shape: [out, in], or [entries, dimension].
         owner: path of the first layer that has the same weight, usually this one.
+        experts: how many there are, where it is the weight of experts.
     """
 
     path: str
     kind: str
     shape: tuple[int, ...]
     owner: str
+    experts: int = 1
 
 
 _OUTPUTS = r"lm_head|output|embed_out|head|unembed"

@@ -8,10 +8,10 @@ import torch
 
 import isogrid as ig
 from isogrid.errors import TargetError
+from isogrid.layers.stored import StoredEmbedding, StoredLinear
 from isogrid.recipes.language import built_in_model
 from isogrid.targets import gguf_tensors
 from isogrid.targets.gguf_export import write_float_gguf
-from isogrid.targets.gguf_requantizing import requantized
 from isogrid.targets.llamacpp_model import LlamaFile
 from isogrid.targets.subprocesses import Worker
 from tests.targets.language_models import SPECIFIC, language_model, prepared_model, tokens
@@ -119,8 +119,15 @@ def test_speed_and_inputs_that_it_refuses(tmp_path: Path) -> None:
 def test_the_usual_route_changes_codes(tmp_path: Path) -> None:
     model = prepared_model("llama", "q4_0")
     artifact = ig.export(model, tmp_path / "model.gguf")
-    usual = LlamaFile(requantized(artifact.path, tmp_path / "usual.gguf"))
+    trained, halves = ig.convert(model), language_model("llama")
+    for path, module in trained.named_modules():
+        if isinstance(module, StoredLinear | StoredEmbedding):
+            halves.get_submodule(path).weight.data = module.weight
+    source = write_float_gguf(halves, tmp_path / "float.gguf", type="BF16")
+    files = {"path": str(source.resolve()), "output": str((tmp_path / "usual.gguf").resolve())}
+    Worker("llamacpp").call("requantize", **files, kind="q4_0", pure=True)
+    usual = LlamaFile(files["output"])
     with torch.no_grad():
-        trained = model(input_ids=tokens()).logits
-    ours, theirs = ((y - trained).abs().mean() for y in (ig.load(artifact.path)(tokens())[0], usual(tokens())))
+        expected = model(input_ids=tokens()).logits
+    ours, theirs = ((y - expected).abs().mean() for y in (ig.load(artifact.path)(tokens())[0], usual(tokens())))
     assert ours < theirs / 10

@@ -18,6 +18,9 @@ from isogrid.formats.format import Format, Quantized
 from isogrid.formats.granularity import Shape
 from isogrid.formats.grid import Grid, IntegerGrid
 
+BITNET_WEIGHT = "ternary/tensor:scale=float16"
+"""The format of a weight of BitNet, as blocks of TQ2_0 or TQ1_0 that all have the same scale hold it."""
+
 Numbers = dict[str, Tensor]
 """By path, what a block has: integers >= 0, int64 [blocks, count], or float16 [blocks, count]."""
 

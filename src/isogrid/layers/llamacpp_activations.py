@@ -14,6 +14,7 @@ from torch import Tensor
 from isogrid.formats import NativeGrid, PerGroup, PerToken
 from isogrid.formats.granularity import Granularity
 from isogrid.layers.activation_rule import ActivationRule
+from isogrid.layers.nbits import reciprocal_int8
 
 BLOCK, SUPER_BLOCK = 32, 256
 
@@ -29,10 +30,7 @@ def q8_codes(x: Tensor) -> tuple[Tensor, Tensor]:
     >>> codes[0, :2], step * 127
     (tensor([  64., -127.]), tensor([[1.]]))
     """
-    x = x.float()
-    largest = x.abs().amax(-1, keepdim=True)
-    end = torch.full_like(largest, 127.0)
-    return torch.round(x * torch.where(largest > 0, end / largest, 0.0)), largest / end
+    return reciprocal_int8(x, BLOCK)
 
 
 def q8_k_codes(x: Tensor) -> tuple[Tensor, Tensor]:

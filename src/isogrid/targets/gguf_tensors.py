@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from isogrid.errors import FormatError, NonFiniteError, TargetError
 from isogrid.formats import Format, NativeGrid, Quantized, named_format
-from isogrid.formats.ggml import LAYOUTS, ggml_name, pack_blocks, unpack_blocks
+from isogrid.formats.ggml import BITNET_WEIGHT, LAYOUTS, ggml_name, pack_blocks, unpack_blocks
 from isogrid.layers.borrowed import TurnedLinear
 from isogrid.layers.stored import StoredWeight
 from isogrid.targets.gguf_architectures import Architecture
@@ -26,7 +26,7 @@ HEAD = "lm_head.weight"
 FORMATS = {GgmlType[name.upper()]: name for name in LAYOUTS if name.upper() in GgmlType.__members__}
 """The names of formats by the types that the installed gguf package knows."""
 
-TERNARY = named_format("ternary/tensor:scale=float16")
+TERNARY = named_format(BITNET_WEIGHT)
 """A weight of BitNet: blocks of TQ2_0 that have one scale."""
 
 

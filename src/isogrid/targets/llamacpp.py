@@ -8,7 +8,7 @@ from torch import nn
 
 from isogrid.errors import TargetError
 from isogrid.formats import Format, named_format
-from isogrid.formats.ggml import ggml_name
+from isogrid.formats.ggml import BITNET_WEIGHT, ggml_name
 from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
 from isogrid.planning.rules import SCHEMES, Scheme
@@ -23,10 +23,6 @@ ACTIVATIONS = {
     "bfloat16": "bfloat16",
 }
 """The activation rule that goes with a weight's format: `vec_dot_type` of `type_traits_cpu` in ggml-cpu.c."""
-
-TERNARY = "ternary/tensor:scale=float16"
-"""A weight of BitNet, as blocks of TQ2_0 or TQ1_0 that all have the same scale hold it."""
-
 
 POSITIONS = frozenset(
     {"wpe", "position_embeddings", "position_embedding", "embed_positions", "token_type_embeddings"}
@@ -59,7 +55,7 @@ class LlamaCpp:
                 f"Use one of its own: {own}."
             )
         # One float32 scale for a whole weight becomes the float16 scale of every block.
-        return replace(scheme, weight=TERNARY) if scheme.name == "bitnet" else scheme
+        return replace(scheme, weight=BITNET_WEIGHT) if scheme.name == "bitnet" else scheme
 
     def supports(self, call: Call, scheme: Scheme) -> str | None:
         """None for linear layers, also those of experts, and embeddings of tokens."""
@@ -133,5 +129,5 @@ class LlamaCpp:
 def _name(fmt: Format) -> str | None:
     """The key of ACTIVATIONS for a format, or None."""
     halves = (name for name in ("float16", "bfloat16") if named_format(name) == fmt)
-    name = "tq2_0" if fmt == named_format(TERNARY) else ggml_name(fmt) or next(halves, None)
+    name = "tq2_0" if fmt == named_format(BITNET_WEIGHT) else ggml_name(fmt) or next(halves, None)
     return name if name in ACTIVATIONS else None

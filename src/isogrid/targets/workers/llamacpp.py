@@ -191,28 +191,6 @@ def products(tensors: dict[str, torch.Tensor]) -> tuple[list[dict[str, Any]], di
     return watch.products, {}
 
 
-def quantize(
-    tensors: dict[str, torch.Tensor], types: dict[str, int]
-) -> tuple[None, dict[str, torch.Tensor]]:
-    """What ggml's own quantisers make of float32 matrices [rows, features]: uint8 [rows, bytes of a row].
-
-    Args:
-        tensors: by name.
-        types: ggml's number of the type for each.
-    """
-    _library.ggml_row_size.restype = _library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    results = {}
-    for name, tensor in tensors.items():
-        rows, features = tensor.shape
-        size = _library.ggml_row_size(ctypes.c_int(types[name]), ctypes.c_int64(features))
-        packed = torch.empty(rows, size, dtype=torch.uint8)
-        source, target = (ctypes.c_void_p(t.data_ptr()) for t in (tensor.contiguous(), packed))
-        sizes = (ctypes.c_int64(number) for number in (0, rows, features))
-        _library.ggml_quantize_chunk(ctypes.c_int(types[name]), source, target, *sizes, None)
-        results[name] = packed
-    return None, results
-
-
 def speed(
     tensors: dict[str, torch.Tensor], generated: int, runs: int
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
@@ -242,7 +220,7 @@ def speed(
 
 
 def requantize(
-    tensors: dict[str, torch.Tensor], path: str, output: str, kind: str
+    tensors: dict[str, torch.Tensor], path: str, output: str, kind: str, pure: bool = False
 ) -> tuple[None, dict[str, torch.Tensor]]:
     """llama-quantize: a float GGUF file by llama.cpp's own quantisers and choice of types.
 
@@ -251,10 +229,12 @@ def requantize(
         path: of the float file.
         output: of the new one.
         kind: llama-quantize's name of the file type in small letters, such as `q4_k_m`; `q4_k` is `q4_k_m`.
+        pure: every matrix in one type.
     """
     name = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}.get(kind, kind).upper()
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")
+    parameters.pure = pure
     parameters.nthread = torch.get_num_threads()
     status = llama_cpp.llama_model_quantize(path.encode(), output.encode(), ctypes.byref(parameters))
     if status:

@@ -39,6 +39,8 @@ SCHEMES = [
     "fp8-block",
     "mxfp4a16",
     "nvfp4a16",
+    "mxfp4",
+    "nvfp4",
 ]
 
 
@@ -93,7 +95,7 @@ def test_experts_too(kind: str, scheme: str, tmp_path: Path) -> None:
     assert torch.equal(ig.load(tmp_path / "model")(IDS)[0], logits(model))
 
 
-@pytest.mark.parametrize("scheme", ["w4a16-asym", "w8a8-dynamic", "fp8-block", "nvfp4a16"])
+@pytest.mark.parametrize("scheme", ["w4a16-asym", "w8a8-dynamic", "fp8-block", "nvfp4a16", "nvfp4", "mxfp4"])
 def test_experts_that_transformers_does_not_read_are_stored_all_the_same(scheme: str, tmp_path: Path) -> None:
     model = prepared(model_of("Mixtral", num_local_experts=2), scheme)
     loaded: Any = ig.load(ig.export(model, tmp_path / "model").path)
@@ -149,6 +151,25 @@ def test_nvfp4_scales_of_scales_are_tied_where_vllm_joins_layers() -> None:
     formats = {site.name.split(".")[-2]: site.format for site in plan.sites}
     assert formats["q_proj"] == formats["k_proj"] == formats["v_proj"] != formats["o_proj"]
     assert formats["gate_proj"] == formats["up_proj"]
+
+
+def test_inputs_in_four_bits(tmp_path: Path) -> None:
+    """They are rounded, on one global scale for layers that vLLM joins; and a report knows it."""
+    from safetensors.torch import load_file
+
+    outputs = {}
+    for scheme in ("nvfp4", "nvfp4a16"):
+        model = prepared(model_of("Llama", torch.bfloat16), scheme)
+        artifact = ig.export(model, tmp_path / scheme)
+        report = ig.verify(model, artifact, [BATCH])
+        assert report, report
+        outputs[scheme] = logits(model)
+    assert not torch.equal(outputs["nvfp4"], outputs["nvfp4a16"])
+    tensors = load_file(tmp_path / "nvfp4" / "model.safetensors")
+    found = [tensors[f"model.layers.0.self_attn.{name}_proj.input_global_scale"] for name in "qkv"]
+    assert found[0].shape == (1,) and found[0].dtype == torch.float32 and len({float(x) for x in found}) == 1
+    group = config_of(tmp_path / "nvfp4")["config_groups"]["group_0"]
+    assert group["input_activations"]["dynamic"] == "local" and group["format"] == "nvfp4-pack-quantized"
 
 
 def test_one_scale_for_layers_that_vllm_joins(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from isogrid.formats.floats import ExponentGrid, FloatGrid, NativeGrid
 from isogrid.formats.format import Format
 from isogrid.formats.granularity import Granularity, PerChannel, PerFlatGroup, PerGroup, PerTensor, PerTile, PerToken
 from isogrid.formats.grid import Grid, IntegerGrid
+from isogrid.formats.local import LocalFp4Grid
 from isogrid.formats.tables import ConstantGrid, LookupGrid
 
 GRAMMAR = """grid/granularity[:option,...]
@@ -178,6 +179,7 @@ def named_format(name: str) -> Format:
     - `even` allows even zero points only, so that it makes no difference whether a runtime rounds before or after it
       adds them.
     - `scale=...` says how the scale is stored: float32 unless said, or another float type.
+    - `nvfp4-local` is for inputs: NVFP4 whose scales are chosen as values come, on one power of two for all.
     - `nvfp4:global=N` is nvfp4 whose scale of scales is 2**N, whatever the tensor: layers that share one can be fused.
     - `pad` lets the last group of a row be short; it is stored in full. `axis=0` cuts groups from that dimension
       instead of the last.
@@ -194,6 +196,8 @@ def named_format(name: str) -> Format:
     """
     if name in _FLOATS:
         return _plain(_FLOATS[name], name)
+    if name == "nvfp4-local":
+        return Format(LocalFp4Grid(), PerTensor(), E8M0, name=name)
     if name in _BLOCK_FORMATS:
         return replace(_BLOCK_FORMATS[name](), name=name)
     if match := re.fullmatch(r"nvfp4:global=(-?\d{1,2})", name):

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isogrid.formats import PerGroup, PerToken
+from isogrid.formats import PerGroup, PerToken, named_format
 from isogrid.formats.granularity import Granularity
 from isogrid.layers.activation_rule import ActivationRule
 
 FP8 = torch.float8_e4m3fn
+_FP4 = named_format("fp4_e2m1").grid
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,30 @@ class Fp8Group(Fp8Token):
         return PerGroup(128)
 
 
+@dataclass(frozen=True)
+class Mxfp4Group(ActivationRule):
+    """E2M1 on a power of two for each 32 features of a token: that of the largest over 4, the next from 1.75 times on.
+
+    >>> Mxfp4Group()(torch.tensor([[4.0, 2.4, *[0.0] * 30]]))[0, :2]
+    tensor([4., 2.])
+    """
+
+    @property
+    def name(self) -> str:
+        return "mxfp4-group32"
+
+    @property
+    def granularity(self) -> Granularity:
+        return PerGroup(32)
+
+    def values(self, x: Tensor) -> Tensor:
+        x = x.float()
+        share, exponent = torch.frexp(x.abs().amax(-1, keepdim=True))
+        exponent = exponent - torch.where(share >= 0.875, 2, 3)
+        scale = torch.where(share == 0, 1.0, torch.exp2(exponent.clamp(min=-126).float()))
+        return _FP4.nearest(x / scale) * scale
+
+
 def _scale(x: Tensor, half_width: float) -> Tensor:
     """The scale float32 [blocks, 1] of blocks; of a block of zeros the smallest step of float32 at 1."""
     largest = x.float().abs().amax(-1, keepdim=True)
@@ -79,5 +104,5 @@ def _scale(x: Tensor, half_width: float) -> Tensor:
     return torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)
 
 
-RULES = (Int8Token(), Fp8Token(), Fp8Group())
+RULES = (Int8Token(), Fp8Token(), Fp8Group(), Mxfp4Group())
 """The rules."""

@@ -34,5 +34,7 @@ def input_sites(
         others = [other for other, owner in owners.items() if owner == name != other]
         reason = choice.reason + (f", shared with {', '.join(others)}" if others else "")
         how = (choice.activation, choice.scale, choice.estimator, choice.range)
+        if named_format(choice.activation).grid.dimension > 1:  # scales that values choose leave extremes to be known
+            how = (choice.activation, "frozen", "identity", "absmax")
         sites.append(Site(f"{name}.input", "input", *how, call.shape, reason))
     return sites

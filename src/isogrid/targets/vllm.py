@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +23,8 @@ STORED: dict[str, tuple[str, str | None]] = {
     "w8a16": ("int8/group128:scale=bfloat16", None),
     "w8a8": ("int8/channel", "int8/tensor"),
     "w8a8-dynamic": ("int8/channel", None),
+    "nvfp4": ("nvfp4", "nvfp4-local"),
+    "mxfp4": ("mxfp4", None),
 }
 """Formats of weights and inputs of the schemes that other runtimes store otherwise; as llm-compressor's presets."""
 
@@ -29,8 +32,12 @@ RULES = {
     **dict.fromkeys(("int8/channel", "int8/tensor"), "int8-token"),
     **dict.fromkeys(("fp8_e4m3/channel", "fp8_e4m3/tensor"), "fp8-token"),
     "fp8_e4m3/tile128x128": "fp8-group128",
+    "mxfp4": "mxfp4-group32",
 }
 """What is done to inputs as they come, by the weight's format."""
+
+INPUTS = ("int8/tensor", "fp8_e4m3/tensor", "nvfp4-local")
+"""Formats of inputs with a scale that is calibrated; of the last one it is the scale of those that values choose."""
 
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -63,7 +70,8 @@ class Vllm:
             raise TargetError(f"vLLM does not run scheme {scheme.name}. It runs {own}.")
         weight, activation = STORED[scheme.name]
         arithmetic = scheme.arithmetic if scheme.arithmetic == "weight_only" else "float"
-        return replace(scheme, weight=weight, activation=activation, arithmetic=arithmetic, keeps_heads=True)
+        how: dict[str, Any] = {"arithmetic": arithmetic, "keeps_heads": True, "mixture": None, "falls_back": False}
+        return replace(scheme, weight=weight, activation=activation, **how)
 
     def supports(self, call: Call, scheme: Scheme) -> str | None:
         """None for linear layers and experts as transformers saves them."""
@@ -82,14 +90,14 @@ class Vllm:
     def check_format(self, kind: str, fmt: Format, call: Call, scheme: Scheme) -> None:
         """Raise TargetError, with what to use instead, where vLLM has no such format."""
         if kind == "activation":
-            if str(fmt) not in ("int8/tensor", "fp8_e4m3/tensor"):
+            if str(fmt) not in INPUTS:
                 raise TargetError(
-                    f"{call.name!r}: vLLM's static inputs are int8/tensor or fp8_e4m3/tensor, not {fmt}; or leave "
-                    "activation= out and use a dynamic scheme."
+                    f"{call.name!r}: vLLM's static inputs are {', '.join(INPUTS)}, not {fmt}; or "
+                    "leave activation= out and use a dynamic scheme."
                 )
             return
         if scheme.arithmetic == "float":
-            if str(fmt) not in RULES:
+            if str(fmt) not in RULES and not str(fmt).startswith(f"{NVFP4}:"):
                 raise TargetError(
                     f"{call.name!r}: scheme {scheme.name} multiplies weights stored as {', '.join(RULES)}, not {fmt}."
                 )

@@ -129,7 +129,9 @@ class CheckpointModel(ABC):
             for part, codes in parts_of(quantized):
                 found[f"{layer.path}.{'_'.join(('weight', *part))}"] = codes
             if layer.input is not None:
-                found[f"{layer.path}.input.scale"] = tensors[0][1]["input_scale"].float()
+                first = tensors[0][1]
+                divisor = first.get("input_global_scale")
+                found[f"{layer.path}.input.scale"] = (first["input_scale"] if divisor is None else 1 / divisor).float()
         return found
 
     def quantized(self) -> dict[str, Quantized]:

@@ -7,7 +7,7 @@ from typing import Any
 from isogrid.errors import TargetError
 from isogrid.formats import Format, IntegerGrid, PerChannel, PerGroup, PerTensor, PerTile
 from isogrid.formats.floats import ExponentGrid
-from isogrid.targets.compressed_tensors.packing import layout_of
+from isogrid.targets.compressed_tensors.packing import NVFP4, layout_of
 
 VERSION = "0.20.0"
 """Of compressed-tensors, whose layouts these are."""
@@ -26,6 +26,13 @@ class Storage:
 
     weight: Format
     activations: str
+
+    def __post_init__(self) -> None:
+        if (self.activations == "nvfp4-local") != (self.layout == NVFP4.name and self.activations != "float"):
+            raise TargetError(
+                f"Weights in {self.weight} do not go with inputs in {self.activations}: these need NVFP4 weights, "
+                "and NVFP4 weights need these or float inputs. Write rules that give layers both, or neither."
+            )
 
     @property
     def layout(self) -> str:
@@ -127,6 +134,11 @@ def _inputs(type_: str, strategy: str, dynamic: bool, group: int | None = None) 
     }
 
 
+def _fp4_inputs(strategy: str, dynamic: bool | str, group: int, scale: str) -> dict[str, Any]:
+    common = _inputs("float", strategy, True, group)
+    return {**common, "num_bits": 4, "dynamic": dynamic, "scale_dtype": scale, "zp_dtype": scale}
+
+
 INPUTS: dict[str, dict[str, Any] | None] = {
     "float": None,
     "int8-token": _inputs("int", "token", dynamic=True),
@@ -134,5 +146,7 @@ INPUTS: dict[str, dict[str, Any] | None] = {
     "fp8-group128": _inputs("float", "group", dynamic=True, group=128),
     "int8/tensor": _inputs("int", "tensor", dynamic=False),
     "fp8_e4m3/tensor": _inputs("float", "tensor", dynamic=False),
+    "mxfp4-group32": _fp4_inputs("group", True, 32, "torch.uint8"),
+    "nvfp4-local": _fp4_inputs("tensor_group", "local", 16, "torch.float8_e4m3fn"),
 }
 """`input_activations`, by the name of the rule or format."""

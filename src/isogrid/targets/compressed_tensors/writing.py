@@ -18,7 +18,9 @@ from isogrid.targets.compressed_tensors.packing import LAYOUTS, PACKED
 def packed_tensors(module: StoredLinear, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of some rows of a layer, by their names within it, for a model of this dtype."""
     tensors = stored_tensors(take_rows(module.quantized, rows), module.activations, dtype)
-    if module.input is not None:
+    if module.input is not None and module.input.format.grid.dimension > 1:
+        tensors["input_global_scale"] = 1 / module.input.scale.reshape(1)  # a divisor, of a power of two
+    elif module.input is not None:
         tensors["input_scale"] = module.input.scale.reshape(1)
     return tensors
 

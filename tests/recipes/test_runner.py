@@ -99,6 +99,27 @@ def test_a_killed_run_continues_with_the_losses_it_would_have_had(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_killed_run_of_adapters_continues_too(tmp_path: Path, no_export: None) -> None:
+    text = f"{RECIPE}adapters: {{rank: 2, match: '4'}}\n"
+    run(recipe(tmp_path / "whole", text))
+    (tmp_path / "recipe.yaml").write_text(text)
+    killed = subprocess.run(
+        [sys.executable, "-m", "isogrid", "run", "recipe.yaml", "--set", f"output={tmp_path / 'killed'}"],
+        env={**os.environ, "DIE_AT": "17", "PYTHONPATH": PATHS},
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    run(recipe(tmp_path / "killed", text), resume=True)
+    assert scalars(tmp_path / "killed", "loss") == scalars(tmp_path / "whole", "loss")
+    first, second = tensors(tmp_path / "killed"), tensors(tmp_path / "whole")
+    assert first.keys() == second.keys() and "model.4.adapters.default.A" in first
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(RecipeError, match=r"adapters\.rank was 2 and is 1 now"):
+        run(recipe(tmp_path / "killed", text.replace("rank: 2", "rank: 1")), resume=True)
+
+
 def test_a_run_ends_with_a_verified_artefact_and_a_report(tmp_path: Path) -> None:
     result = run(recipe(tmp_path / "run"))
     assert result.verification

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from isogrid.api import VerificationReport
+from isogrid.api import VerificationReport, adapter_report, merge_adapters, merge_difference
 from isogrid.recipes import language_outcomes, outcomes
 from isogrid.recipes.data import Data, size
 from isogrid.recipes.folders import RunFolder
@@ -20,6 +21,9 @@ from isogrid.report import ResultRow
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+MERGE_BATCHES = 4
+"""Batches of test data on which the merged model is compared with the trained one."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ def finish(
     recipe: Recipe, model: nn.Module, data: Data, folder: RunFolder, accelerator: "Accelerator", progress: Progress
 ) -> RunResult:
     """Export and verify what a run has trained, measure it beside the float model, and write the report."""
+    _merge(recipe, model, data, progress)
     end = _End(recipe, data, folder, accelerator, progress)
     jobs: list[Callable[[], Outcome]] = [end.float, lambda: end.quantized("qat", model)]
     if recipe.controls:
@@ -60,6 +65,14 @@ def finish(
         setting=f"{recipe.runtime}, on this machine" if is_language else None,
     )
     return RunResult(tuple(outcome.row for outcome in found), found[-1].verification, folder.path)
+
+
+def _merge(recipe: Recipe, model: nn.Module, data: Data, progress: Progress) -> None:
+    """Merge adapters that do not merge by themselves, and say what that changes on test data."""
+    if recipe.adapters is not None and not adapter_report(model).merges_exactly:
+        batches = islice((inputs for *inputs, _ in data.test_batches()), MERGE_BATCHES)
+        progress.message(str(merge_difference(model.cpu(), batches)))
+        merge_adapters(model)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from isogrid.recipes.progress import Progress, Silent
 from isogrid.recipes.schema import Recipe
 from isogrid.recipes.sources import make_data
 from isogrid.recipes.stages import (
+    adapt,
     float_model,
     make_optimizer,
     new_model,
@@ -65,6 +66,7 @@ def run(recipe: Recipe, *, resume: bool = False, restart: bool = False, progress
         if accelerator.is_main_process:
             _begin(folder, recipe, model, data)
         prepared_model(recipe, model, data, accelerator)
+        adapt(recipe, model, progress)
         start, optimizer = 0, make_optimizer(model, recipe.training)
     else:
         model, optimizer, start = _resumed(folder, recipe, accelerator)

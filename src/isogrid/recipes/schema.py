@@ -7,7 +7,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from isogrid.errors import IsogridError
 from isogrid.formats import named_format
+from isogrid.layers.adapters import Method
 from isogrid.planning.rules import Rule, ScaleChoice, scheme_from_name
+from isogrid.training.loftq import Start
 
 
 class Part(BaseModel):
@@ -147,6 +149,27 @@ class DistillationEntry(Part):
         return self
 
 
+def _several(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Patterns = Annotated[list[str], BeforeValidator(_several)]
+"""Names of layers, wildcards allowed: one, or a list."""
+
+
+class AdaptersEntry(Part):
+    """Low-rank updates that train in place of the weights; `isogrid.add_adapters` says what each key does."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float | None = Field(default=None, gt=0, description="Weight of the updates; rank if not given.")
+    method: Method = Field(default="l4q", description="Inside the quantiser, in zero points, or beside the weight.")
+    match: Patterns | None = Field(default=None, description="Layers; all quantised ones but tables if not given.")
+    exclude: Patterns = Field(default_factory=list, description="Layers that are left out.")
+    start: Start = Field(default="zero", description="loftq begins with what quantisation took away.")
+    dora: bool = Field(default=False, description="The norms of the weight's rows train too.")
+    rank_stabilized: bool = Field(default=False, description="alpha over the root of the rank.")
+
+
 class Calibration(Part):
     """What chooses the ranges before training."""
 
@@ -174,6 +197,7 @@ class Recipe(Part):
     calibration: Calibration = Field(default_factory=Calibration)
     schedule: ScheduleEntry = Field(default_factory=ScheduleEntry)
     distillation: DistillationEntry | None = Field(default=None, description="Learn from a teacher, not from labels.")
+    adapters: AdaptersEntry | None = Field(default=None, description="Train low-rank updates and scales alone.")
     training: Training = Field(description="How long: `epochs` or `steps`; the rest has defaults.")
     controls: bool = Field(
         default=False, description="Also report PTQ, and the float model trained for as many more steps."

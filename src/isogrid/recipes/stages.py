@@ -10,7 +10,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.optim import Optimizer
 
-from isogrid.api import calibrate, parameter_groups, plan, prepare
+from isogrid.api import add_adapters, calibrate, parameter_groups, plan, prepare
 from isogrid.errors import RecipeError
 from isogrid.files import write_whole
 from isogrid.planning.plan import Plan
@@ -100,6 +100,12 @@ def prepared_model(recipe: Recipe, model: nn.Module, data: Data, accelerator: "A
     data.check(model)
     prepare(model, plan_of(recipe, model, data)).to(accelerator.device)
     return calibrate(model, (on_device(batch, accelerator.device) for batch in calibration_batches(recipe, data)))
+
+
+def adapt(recipe: Recipe, model: nn.Module, progress: Progress) -> None:
+    """Give a prepared model the adapters of a recipe, if it has any, and say what becomes of them."""
+    if recipe.adapters is not None:
+        progress.message(str(add_adapters(model, **recipe.adapters.model_dump())))
 
 
 def calibration_batches(recipe: Recipe, data: Data) -> Iterator[tuple[Any, ...]]:

@@ -105,9 +105,13 @@ def test_experts_that_transformers_does_not_read_are_stored_all_the_same(scheme:
         loaded(IDS)
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "w8a8"])
-def test_verification_passes(scheme: str, tmp_path: Path) -> None:
-    model = prepared(model_of("Llama"), scheme)
+@pytest.mark.parametrize(("scheme", "family"), [("w4a16", "Llama"), ("w8a8", "Llama"), ("fp8-dynamic", "Qwen2")])
+def test_verification_passes(scheme: str, family: str, tmp_path: Path) -> None:
+    model = model_of(family)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter)
+    model = prepared(model, scheme)
     report = ig.verify(model, ig.export(model, tmp_path / "model"), [BATCH])
     assert report, report
 

@@ -117,7 +117,7 @@ class CheckpointModel(ABC):
         return Observed(outputs, {}, layers)
 
     def stored(self) -> Mapping[str, Tensor]:
-        """Codes and scales in the files, unpacked, as `isogrid.convert` names them.
+        """Codes, scales and biases in the files, unpacked, as `isogrid.convert` names them.
 
         Raises:
             ArtifactError: a file is truncated, or lacks a tensor of the plan.
@@ -132,6 +132,9 @@ class CheckpointModel(ABC):
                 first = tensors[0][1]
                 divisor = first.get("input_global_scale")
                 found[f"{layer.path}.input.scale"] = (first["input_scale"] if divisor is None else 1 / divisor).float()
+            if all("bias" in own for _, own in tensors):
+                order = torch.cat([rows for rows, _ in tensors]).argsort()
+                found[f"{layer.path}.bias"] = torch.cat([own["bias"] for _, own in tensors])[order]
         return found
 
     def quantized(self) -> dict[str, Quantized]:

@@ -13,6 +13,7 @@ from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
 from isogrid.planning.rules import SCHEMES, Scheme
 from isogrid.targets.artifact import Artifact, artifact_for
+from isogrid.targets.refusing import refuse_hadamard
 from isogrid.targets.runtime import LoadedModel
 
 ACTIVATIONS = {
@@ -59,6 +60,7 @@ class LlamaCpp:
 
     def supports(self, call: Call, scheme: Scheme) -> str | None:
         """None for linear layers, also those of experts, and embeddings of tokens."""
+        refuse_hadamard(call, "llama.cpp")
         if call.name.rpartition(".")[2] in POSITIONS:
             return "llama.cpp keeps embeddings of positions and of token types in float"
         is_table = call.kind == "embedding" and call.type != "EmbeddingBag"

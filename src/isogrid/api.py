@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from isogrid.errors import MissingExtraError, PlanError, TargetError
 from isogrid.formats import Format, named_format
+from isogrid.initialization import learn_rotations, rotate, smooth
 from isogrid.layers.bitnet import BitLinear as BitLinear
 from isogrid.planning import Plan, Rule, Scheme, scheme_from_name
 from isogrid.planning.adopt import adopt as adopt
@@ -218,6 +219,7 @@ __all__ = [
     "format",
     "freeze_codes",
     "generate_text",
+    "learn_rotations",
     "load",
     "merge_adapters",
     "merge_difference",
@@ -226,7 +228,9 @@ __all__ = [
     "prepare",
     "reestimate_batch_norm",
     "restore",
+    "rotate",
     "save",
+    "smooth",
     "store_teacher",
     "teacher",
     "to_bitnet",

@@ -151,9 +151,9 @@ def _of_passes(graph: Graph, calls: Iterator[Call]) -> Iterator[Call]:
 
 @contextmanager
 def unless_it_differs(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[None]:
-    """Let a block change a model's weights and layers, and undo it all where the outputs then differ by more than 0.1 %.
+    """Let a block change a model's weights and layers, and undo it all where the outputs then differ.
 
-    Models in half precision may differ by 5 %, since every weight is rounded anew.
+    By more than 0.1 % of the largest, that is, or by 5 % in half precision, where every weight is rounded anew.
 
     Raises:
         CaptureError: they differ; the model is as it was.

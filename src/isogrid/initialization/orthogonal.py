@@ -10,8 +10,8 @@ def random_rotation(size: int, generator: Generator) -> Tensor:
     """A rotation that mixes every channel with every other, float64 [size, size].
 
     A Hadamard matrix of the largest power of two that divides the size, times (Kronecker) a random rotation of what is
-    left, with random signs: for sizes that are powers of two QuaRot's randomised Hadamard matrix (Ashkboos et al., arXiv
-    2404.00456).
+    left, with random signs: for sizes that are powers of two it is the randomised Hadamard matrix of QuaRot (Ashkboos
+    et al., arXiv 2404.00456).
 
     >>> turn = random_rotation(12, Generator().manual_seed(0))
     >>> bool(torch.allclose(turn @ turn.T, torch.eye(12, dtype=torch.float64)))
@@ -34,12 +34,14 @@ def rotation_around_the_mean(size: int, generator: Generator) -> Tensor:
     >>> bool(torch.allclose((x - x.mean()) @ turn, x @ turn - (x @ turn).mean()))
     True
     """
-    basis = torch.linalg.qr(torch.cat([torch.ones(size, 1), torch.eye(size)[:, 1:]], 1).double()).Q
-    inner = torch.block_diag(torch.ones(1, 1, dtype=torch.float64), _orthogonal(size - 1, generator))
+    basis: Tensor = torch.linalg.qr(torch.cat([torch.ones(size, 1), torch.eye(size)[:, 1:]], 1).double()).Q
+    inner = torch.eye(size, dtype=torch.float64)
+    inner[1:, 1:] = _orthogonal(size - 1, generator)
     return basis @ inner @ basis.T
 
 
 def _orthogonal(size: int, generator: Generator) -> Tensor:
     """Uniformly distributed (Mezzadri, arXiv math-ph/0609050)."""
+    q: Tensor
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
     return (q * torch.sign(r.diagonal())).contiguous()

@@ -126,14 +126,12 @@ def turned_weight(weight: Tensor, turn: Turn, rotations: Mapping[str, Tensor]) -
         if name is not None:
             rotation = rotations[name]
             last = weight.to(rotation.dtype).transpose(-1, dimension)
-            last = (last.unflatten(-1, (-1, len(rotation))) @ rotation).flatten(-2)
+            last = (last.reshape(*last.shape[:-1], -1, len(rotation)) @ rotation).reshape(last.shape)
             weight = last.transpose(-1, dimension)
     return weight
 
 
-def chosen_rotations(
-    spaces: Sequence[Space], given: Mapping[str, Tensor], generator: Generator
-) -> dict[str, Tensor]:
+def chosen_rotations(spaces: Sequence[Space], given: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:
     """The rotation of every space, float64: the given one, or a random one.
 
     Raises:
@@ -186,7 +184,7 @@ def _turn_online(model: nn.Module, patterns: Sequence[str], block: int | None) -
     for name, linear in linears.items():
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             new = replacement(linear, HadamardLinear)
-            new.block = block_for(linear.in_features, block)
+            new.turn_by(block_for(linear.in_features, block))
             new.weight.copy_(turned(new.weight.double(), new.block))
             exchange(model, {linear: new})
             yield name, f"by blocks of {new.block}"

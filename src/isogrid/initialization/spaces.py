@@ -20,7 +20,8 @@ class Space:
         name: of the first layer that writes a stream, or of the layer that makes an attention's values.
         size: how many channels one rotation turns; a layer of more has it several times.
         tables: paths of the embeddings that write it.
-        writers, readers: paths of the linear layers that do. A layer that is tied to a table is not among them.
+        writers, readers: paths of the linear layers that write and read it.
+        tied: paths of the layers that share the weight of a table; they are turned with it, and not among the others.
         norms: paths of the norms inside, whose gains have to move into their readers first.
         keeps_mean: whether a norm inside subtracts the mean.
     """
@@ -30,6 +31,7 @@ class Space:
     tables: tuple[str, ...]
     writers: tuple[str, ...]
     readers: tuple[str, ...]
+    tied: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
     keeps_mean: bool = False
 
@@ -77,6 +79,7 @@ class _Stream:
             tuple(dict.fromkeys(call.name for call in tables)),
             tuple(dict.fromkeys(writers)),
             tuple(dict.fromkeys(call.name for call in self.readers if call.name not in tied)),
+            tuple(tied.difference(call.name for call in tables)),
             tuple(dict.fromkeys(call.name for call in self.norms)),
             any(self.network.norms[call.name].centers for call in self.norms),
         )
@@ -93,8 +96,8 @@ class _Stream:
                 if reader.name in tied and not bool((norm.gain == 1).all()):
                     return (
                         f"the gain of {call.name} cannot move into {reader.name}, which shares its weight with an "
-                        f"embedding; give it a copy: {reader.name}.weight = nn.Parameter({reader.name}.weight.clone()), "
-                        "and tie_word_embeddings=False in the config of a model of transformers"
+                        f"embedding; give it a copy, {reader.name}.weight = nn.Parameter({reader.name}.weight.clone()),"
+                        " and a model of transformers config.tie_word_embeddings = False"
                     )
         return ""
 

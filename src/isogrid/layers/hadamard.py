@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from isogrid.errors import PlanError
 
 BLOCK = 128
-"""Channels that are turned together where nothing else is asked for, as in QuEST (Panferov et al., arXiv 2502.05003)."""
+"""Channels that are turned together by default, as in QuEST (Panferov et al., arXiv 2502.05003)."""
 
 
 def hadamard_matrix(size: int) -> Tensor:
@@ -59,13 +59,13 @@ def turned(x: Tensor, block: int) -> Tensor:
     >>> turned(torch.tensor([3.0, 1.0]), 2)
     tensor([2.8284, 1.4142])
     """
-    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    y: Tensor = x.to(torch.promote_types(x.dtype, torch.float32))
     half = block // 2
     while half:
-        first, second = y.unflatten(-1, (-1, 2, half)).unbind(-2)
-        y = torch.stack((first + second, first - second), -2).flatten(-3)
+        first, second = y.reshape(*x.shape[:-1], -1, 2, half).unbind(-2)
+        y = torch.stack((first + second, first - second), -2).reshape(x.shape)
         half //= 2
-    return (y / block**0.5).to(x.dtype)
+    return y.div(block**0.5).to(x.dtype)
 
 
 class HadamardLinear(nn.Linear):
@@ -85,7 +85,12 @@ class HadamardLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, block: int | None = None):
         super().__init__(in_features, out_features, bias)
-        self.block = block_for(in_features, block)
+        self.turn_by(block_for(in_features, block))
+
+    def turn_by(self, block: int) -> None:
+        """Set how many channels turn together. Checkpoints hold it, so that no plain Linear takes the weight."""
+        self.block = block
+        self.register_buffer("hadamard", torch.tensor([block], device=self.weight.device))
 
     def forward(self, input: Tensor) -> Tensor:
         """The product of the weight and the turned input."""

@@ -19,6 +19,7 @@ from isogrid.targets.bitsandbytes_packing import pack, type_of, unpack
 from isogrid.targets.checkpoints.loading import CheckpointModel
 from isogrid.targets.checkpoints.rows import Rows
 from isogrid.targets.checkpoints.writing import Layers, float_linears, write_checkpoint
+from isogrid.targets.refusing import refuse_hadamard
 
 
 class Bitsandbytes:
@@ -42,6 +43,7 @@ class Bitsandbytes:
 
     def supports(self, call: Call, scheme: Scheme) -> str | None:
         """None for linear layers that transformers replaces by bitsandbytes' own."""
+        refuse_hadamard(call, "transformers")
         if call.kind == "linear" and call.type != "Conv1D":
             return None
         return f"bitsandbytes stores linear layers in 4 bits, and this is {call.type}"

@@ -16,6 +16,7 @@ from isogrid.targets.artifact import Artifact, artifact_for
 from isogrid.targets.checkpoints.writing import write_checkpoint
 from isogrid.targets.compressed_tensors.checkpoint import CompressedModel
 from isogrid.targets.compressed_tensors.writing import configured, packed_tensors
+from isogrid.targets.refusing import refuse_hadamard
 
 STORED: dict[str, tuple[str, str | None]] = {
     "w2a16": ("int2/group128:scale=bfloat16", None),
@@ -75,6 +76,7 @@ class Vllm:
 
     def supports(self, call: Call, scheme: Scheme) -> str | None:
         """None for linear layers and experts as transformers saves them."""
+        refuse_hadamard(call, "vLLM's checkpoint")
         if call.type == "Conv1D":
             return "Conv1D stores its weight [in, out], and compressed-tensors packs [out, in] only"
         if call.type == "TurnedExperts":

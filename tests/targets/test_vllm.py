@@ -82,7 +82,16 @@ def test_logits_in_transformers_are_those_that_were_trained(scheme: str, tmp_pat
     assert torch.equal(loaded(IDS)[0], logits(model))
 
 
-@pytest.mark.parametrize(("kind", "scheme"), [("Mixtral", "w4a16"), ("Qwen3Moe", "w3a16"), ("Mixtral", "mxfp4a16")])
+@pytest.mark.parametrize(
+    ("kind", "scheme"),
+    [
+        ("Mixtral", "w4a16"),
+        ("Qwen3Moe", "w3a16"),
+        ("Mixtral", "mxfp4a16"),
+        ("Mixtral", "w4a16-asym"),
+        ("Qwen3Moe", "nvfp4a16"),
+    ],
+)
 def test_experts_too(kind: str, scheme: str, tmp_path: Path) -> None:
     dtype = torch.bfloat16 if "fp4" in scheme else torch.float32
     more = (
@@ -95,7 +104,7 @@ def test_experts_too(kind: str, scheme: str, tmp_path: Path) -> None:
     assert torch.equal(ig.load(tmp_path / "model")(IDS)[0], logits(model))
 
 
-@pytest.mark.parametrize("scheme", ["w4a16-asym", "w8a8-dynamic", "fp8-block", "nvfp4a16", "nvfp4", "mxfp4"])
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "fp8-block", "nvfp4", "mxfp4"])
 def test_experts_that_transformers_does_not_read_are_stored_all_the_same(scheme: str, tmp_path: Path) -> None:
     model = prepared(model_of("Mixtral", num_local_experts=2), scheme)
     loaded: Any = ig.load(ig.export(model, tmp_path / "model").path)
@@ -203,6 +212,12 @@ def test_mixed_precision_groups(tmp_path: Path) -> None:
     config = config_of(folder)
     assert [group["weights"]["num_bits"] for group in config["config_groups"].values()] == [4, 8]
     assert config["ignore"] == ["model.layers.0.self_attn.o_proj", "lm_head"]
+
+
+def test_several_formats_with_zero_points(tmp_path: Path) -> None:
+    rule = ig.Rule(match="*.down_proj", weight="int8/channel:scale=bfloat16")
+    model = prepared(model_of("Llama"), "w4a16-asym", rule)
+    assert torch.equal(ig.load(ig.export(model, tmp_path / "model").path)(IDS)[0], logits(model))
 
 
 def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:

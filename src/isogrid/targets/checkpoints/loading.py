@@ -17,7 +17,7 @@ from isogrid.layers.stored import parts_of
 from isogrid.planning.plan import LayerPlan
 from isogrid.planning.values import tensors_in
 from isogrid.targets.artifact import Artifact
-from isogrid.targets.checkpoints.rows import assembled, converted
+from isogrid.targets.checkpoints.rows import Rows, assembled, converted
 from isogrid.targets.runtime import Observed, RuntimeOperator
 
 Part = tuple[Tensor, Mapping[str, Tensor]]
@@ -78,10 +78,14 @@ class CheckpointModel(ABC):
     @cached_property
     def _empty(self) -> Any:
         """The float model without values, whose tensors transformers names as in any checkpoint."""
+        with torch.device("meta"):
+            return self._kind(self.float_config())
+
+    def float_config(self) -> Any:
+        """The model's config, as one of floats."""
         config = copy.deepcopy(self._config)
         del config.quantization_config
-        with torch.device("meta"):
-            return self._kind(config)
+        return config
 
     @property
     def input_names(self) -> list[str]:
@@ -143,15 +147,27 @@ class CheckpointModel(ABC):
 
     def _layers(self) -> Iterator[tuple[LayerPlan, list[Part]]]:
         """Each quantised layer with the parts that it is stored in."""
-        tensors = _tensors(self.artifact)
-        layers = {weight_name(layer): layer for layer in self.artifact.plan.layers}
-        shapes = {name: self._shape(layer)[:-1] for name, layer in layers.items()}
+        tensors = self.tensors()
         parts: dict[str, list[Part]] = {}
-        for prefix, (source, rows) in converted(self._empty, {}, shapes).rows.items():
-            inside = {name[len(prefix) + 1 :]: x for name, x in tensors.items() if name.startswith(f"{prefix}.")}
-            parts.setdefault(source, []).append((rows, inside))
-        for name, layer in layers.items():
-            yield layer, parts[name]
+        for prefix, (source, rows) in self._rows.items():
+            parts.setdefault(source, []).append((rows, inside(tensors, prefix)))
+        for layer in self.artifact.plan.layers:
+            yield layer, parts[weight_name(layer)]
+
+    @cached_property
+    def _rows(self) -> Rows:
+        """Which rows of which weight lie under which name in the files."""
+        shapes = {weight_name(layer): self._shape(layer)[:-1] for layer in self.artifact.plan.layers}
+        return converted(self._empty, {}, shapes).rows
+
+    def on_disk(self) -> dict[str, LayerPlan]:
+        """The quantised layers by their names in the files; an expert of a stack has one of its own."""
+        layers = {weight_name(layer): layer for layer in self.artifact.plan.layers}
+        return {prefix: layers[source] for prefix, (source, _) in self._rows.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the files; raises ArtifactError where one is truncated."""
+        return _tensors(self.artifact)
 
     def _unpacked(self, layer: LayerPlan, parts: list[Part]) -> Quantized:
         fmt = named_format(self.artifact.plan.site(layer.weight).format)
@@ -178,6 +194,15 @@ class CheckpointModel(ABC):
     def _shape(self, layer: LayerPlan) -> tuple[int, ...]:
         """[out, in], or [experts, out, in]."""
         return tuple(self._empty.get_parameter(weight_name(layer)).shape)
+
+
+def inside(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of a layer by their names within it.
+
+    >>> list(inside({"a.weight": torch.ones(1), "a.weight.absmax": torch.ones(1), "ab.weight": torch.ones(1)}, "a"))
+    ['weight', 'weight.absmax']
+    """
+    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
 
 
 def is_stack(layer: LayerPlan) -> bool:

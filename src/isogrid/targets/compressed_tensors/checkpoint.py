@@ -1,14 +1,16 @@
 """A compressed-tensors checkpoint at work: in transformers, which decompresses it by the package compressed-tensors."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from isogrid.errors import TargetError
+from isogrid.errors import ArtifactError, TargetError
 from isogrid.formats import Format, Quantized, named_format
 from isogrid.planning.plan import LayerPlan, Plan
-from isogrid.targets.checkpoints.loading import CheckpointModel, is_stack
+from isogrid.targets.checkpoints.loading import CheckpointModel, inside, is_stack
+from isogrid.targets.compressed_tensors.config import weight_arguments
 from isogrid.targets.compressed_tensors.packing import layout_of
 
 
@@ -17,12 +19,46 @@ class CompressedModel(CheckpointModel):
 
     package = "compressed_tensors"
 
+    @cached_property
+    def model(self) -> Any:
+        """The model of transformers.
+
+        Where transformers does not read how weights are stored, the package decompresses each of them first.
+
+        Raises:
+            TargetError: transformers computes experts otherwise than vLLM does, or does not load the files.
+        """
+        if not _is_decompressed_first(self.artifact.plan):
+            return super().model
+        options = {"config": self.float_config(), "state_dict": self._decompressed(), "dtype": self._config.dtype}
+        model, report = self._kind.from_pretrained(None, **options, output_loading_info=True)
+        if report["missing_keys"] or report["unexpected_keys"]:
+            raise ArtifactError(f"{self.artifact.path} has other tensors than the model: {report}. Export again.")
+        return model.eval()
+
     def loading_options(self) -> dict[str, Any]:
-        if why := why_not_run(self.artifact.plan):
-            raise TargetError(f"transformers cannot show what {self.artifact.path} computes: {why}.")
+        if any(layer.activation_rule is not None or layer.input is not None for layer in stacks(self.artifact.plan)):
+            raise TargetError(
+                f"transformers cannot show what {self.artifact.path} computes: it multiplies experts by float "
+                "inputs, and vLLM by quantised ones."
+            )
         if not _decompresses_at_once(self.artifact.plan):
             return {}
         return {"quantization_config": self._library.CompressedTensorsConfig(dequantize=True)}
+
+    def _decompressed(self) -> dict[str, Tensor]:
+        """The tensors of a float checkpoint: each weight as the package's own compressor for its layout has it."""
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+        state = self.tensors()
+        for prefix, layer in self.on_disk().items():
+            fmt = named_format(self.artifact.plan.site(layer.weight).format)
+            scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weight_arguments(fmt)))
+            compressor = BaseCompressor.get_value_from_registry(layout_of(fmt, quantizes_input=False).name)
+            own = {leaf: state.pop(f"{prefix}.{leaf}") for leaf in inside(state, prefix) if leaf != "bias"}
+            state[f"{prefix}.weight"] = compressor.decompress(own, scheme)["weight"]
+        return state
 
     def unpack(self, layer: LayerPlan, fmt: Format, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Quantized:
         layout = layout_of(fmt, layer.activation_rule is not None or layer.input is not None)
@@ -39,12 +75,21 @@ def _decompresses_at_once(plan: Plan) -> bool:
     return len(formats) == 1 and all(layer.arithmetic == "weight_only" for layer in plan.layers)
 
 
-def why_not_run(plan: Plan) -> str:
-    """Why transformers 5.23 does not compute what a checkpoint says; empty where it does."""
-    for layer in filter(is_stack, plan.layers):
-        fmt = named_format(plan.site(layer.weight).format)
-        if layer.activation_rule is not None or layer.input is not None:
-            return "it multiplies experts by float inputs, and vLLM by quantised ones"
-        if fmt.zero_point is not None or (fmt.scale is not None and fmt.scale.scale is not None):
-            return f"it does not read the zero points and global scales of experts in {fmt}"
-    return ""
+def _is_decompressed_first(plan: Plan) -> bool:
+    """Whether transformers 5.23 leaves out what weights need that are multiplied by float inputs.
+
+    It does not read the zero points and global scales of experts, nor zero points where there are several formats.
+    """
+    formats = {layer.path: named_format(plan.site(layer.weight).format) for layer in plan.layers}
+    zero_points = any(fmt.zero_point is not None for fmt in formats.values())
+    experts = [formats[layer.path] for layer in stacks(plan)]
+    nested = any(fmt.scale is not None and fmt.scale.scale is not None for fmt in experts)
+    unread = nested or any(fmt.zero_point is not None for fmt in experts)
+    several = len(set(map(str, formats.values()))) > 1
+    floats = all(layer.arithmetic == "weight_only" for layer in plan.layers)
+    return floats and (unread or (several and zero_points))
+
+
+def stacks(plan: Plan) -> list[LayerPlan]:
+    """The layers that are products of experts in stacks."""
+    return [layer for layer in plan.layers if is_stack(layer)]

@@ -13,7 +13,7 @@ from isogrid.initialization import learn_rotations, rotate, smooth
 from isogrid.layers.bitnet import BitLinear as BitLinear
 from isogrid.planning import Plan, Rule, Scheme, scheme_from_name
 from isogrid.planning.adopt import adopt as adopt
-from isogrid.planning.arguments import arguments_of
+from isogrid.planning.arguments import arguments_of, without_values
 from isogrid.planning.capture import capture
 from isogrid.planning.convert import convert as convert
 from isogrid.planning.exchange import apart
@@ -49,6 +49,7 @@ from isogrid.training import (
     teacher,
     to_bitnet,
     train_blockwise,
+    train_blockwise_on_disk,
     use_adapters,
 )
 from isogrid.verification import MergeDifference, VerificationReport, merge_difference, verify_artifact
@@ -80,7 +81,7 @@ def plan(
     The model runs once on the example inputs; it is not changed.
 
     Args:
-        model: float.
+        model: float; on the meta device it needs no memory.
         target: the runtime, by name; the scheme's own if not given, which is ONNX Runtime for most.
         scheme: a scheme's name, or rules, which then stand before the default scheme `w8a8`.
         rules: exceptions from the scheme; the first that matches wins.
@@ -111,6 +112,7 @@ def plan(
     chosen = scheme_from_name(scheme) if isinstance(scheme, str) else scheme
     runtime = target_from_name(chosen.target if target is None else target)
     chosen = runtime.scheme_for(chosen)
+    model, example_inputs = without_values(model, example_inputs)
     arguments = arguments_of(model, example_inputs)
     with apart(model):
         graph = capture(model, example_inputs)
@@ -236,6 +238,7 @@ __all__ = [
     "to_bitnet",
     "to_torchao",
     "train_blockwise",
+    "train_blockwise_on_disk",
     "unplanned",
     "use_adapters",
     "verify",

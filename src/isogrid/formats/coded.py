@@ -27,7 +27,15 @@ def pack_codes(codes: Tensor, fmt: Format) -> Tensor:
     """
     if not _is_packed(fmt):
         return codes
-    return pack(codes.to(torch.int16) - _lowest(fmt), _bits(fmt))
+    bits, low = _bits(fmt), _lowest(fmt)
+    above = codes if low == 0 else (codes.to(torch.int16) - low).to(torch.uint8)
+    if 8 % bits or above.shape[-1] * bits % 8:
+        return pack(above, bits)
+    parts = above.reshape(*above.shape[:-1], -1, 8 // bits)  # the same by smaller intermediate results
+    packed = parts[..., 0].clone()
+    for place in range(1, 8 // bits):
+        packed |= parts[..., place] << (place * bits)
+    return packed
 
 
 def unpack_codes(packed: Tensor, fmt: Format, shape: Shape) -> Tensor:
@@ -42,6 +50,21 @@ def unpack_codes(packed: Tensor, fmt: Format, shape: Shape) -> Tensor:
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
         codes = ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)[..., :count]
     return codes if low == 0 else (codes.to(torch.int16) + low).to(fmt.grid.code_dtype)
+
+
+def packed_shape(fmt: Format, shape: Shape) -> Shape:
+    """The shape of what `pack_codes` makes of the codes of a tensor of this shape.
+
+    >>> from isogrid.formats import named_format
+    >>> packed_shape(named_format("uint2/group64"), (3, 64))
+    (3, 16)
+    """
+    return (*shape[:-1], ceil(shape[-1] * _bits(fmt) / 8)) if _is_packed(fmt) else shape
+
+
+def packed_dtype(fmt: Format) -> torch.dtype:
+    """The dtype of what `pack_codes` makes."""
+    return torch.uint8 if _is_packed(fmt) else fmt.grid.code_dtype
 
 
 def _is_packed(fmt: Format) -> bool:

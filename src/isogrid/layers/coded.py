@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from isogrid.errors import PlanError
 from isogrid.formats import Affine, Quantized
-from isogrid.formats.coded import pack_codes, unpack_codes
+from isogrid.formats.coded import pack_codes, packed_dtype, packed_shape, unpack_codes
 from isogrid.layers.adapters import adapters_of
 from isogrid.layers.integer import WeightOfCodes, uncounted
 from isogrid.layers.layer import replacement
@@ -100,14 +100,16 @@ def coded(layer: QuantizedLinear) -> CodedLinear:
     reason = why_not_coded(layer)
     if reason is not None:
         raise PlanError(f"The weight of a {type(layer).__name__} cannot be kept as codes alone: {reason}.")
-    with torch.no_grad():
-        weight = weight_of(layer)
-        quantized = layer.weight_quantizer.quantize(weight)
+    weight, fmt = weight_of(layer).detach(), layer.weight_quantizer.format
+    if weight.is_meta:  # a place for codes that are still on disk
+        codes = torch.empty(packed_shape(fmt, tuple(weight.shape)), dtype=packed_dtype(fmt), device="meta")
+    else:
+        codes = pack_codes(layer.weight_quantizer.quantize(weight).codes, fmt)
     new = replacement(layer, CodedLinear)
     new._parameters = {name: parameter for name, parameter in layer._parameters.items() if name != "weight"}
     new._buffers = dict(layer._buffers)
     new.coded = Coded(tuple(weight.shape), weight.dtype)
-    new.add_codes(pack_codes(quantized.codes, quantized.format))
+    new.add_codes(codes)
     if new.weight_quantizer.zero_point is not None:
         new.weight_quantizer.zero_point.requires_grad_(False)
     return new

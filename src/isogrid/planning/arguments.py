@@ -1,5 +1,6 @@
 """The arguments of a model's forward, as a plan remembers them: tensors by shape and dtype, all else by value."""
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from isogrid.errors import PlanError
 
@@ -145,6 +147,23 @@ def arguments_of(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, 
     names = _names(model, len(example_inputs))
     described = tuple(_described(name, value) for name, value in zip(names, example_inputs, strict=True))
     return Arguments(described, {}, names)
+
+
+def without_values(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Any]:
+    """A model and its inputs, wholly on the meta device where any of its parameters is: only shapes are needed there.
+
+    >>> model, inputs = without_values(nn.Sequential(nn.Linear(2, 2, device="meta")), (torch.zeros(1, 2),))
+    >>> model(*inputs).shape
+    torch.Size([1, 2])
+    """
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return model, example_inputs
+    model = copy.deepcopy(model).to("meta")
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "use_cache", None) is False:
+        # Without a cache transformers looks whether positions start anew inside a sequence, which needs their values.
+        config.use_cache = True
+    return model, tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example_inputs)
 
 
 def _names(model: nn.Module, count: int) -> tuple[str, ...]:

@@ -127,11 +127,28 @@ def prepare(model: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
+def prepare_part(module: nn.Module, plan: Plan, *, has_values: bool = True) -> nn.Module:
+    """Prepare a module by the part of a plan that is its own, in place; it gets no state of a prepared model.
+
+    Args:
+        module: a part of a float model.
+        plan: of `plan_of_part`.
+        has_values: False for a module on the meta device: its weights' quantizers are then without a range, which a
+            checkpoint brings.
+    """
+    take_apart(module, plan.apart)
+    lend(module, plan.lent)
+    builder = _Builder(module, plan, has_values)
+    builder.check()
+    builder.build()
+    return module
+
+
 class _Builder:
     """Replaces modules and hands out quantizers, each owned by one module."""
 
-    def __init__(self, model: nn.Module, plan: Plan):
-        self.model, self.plan = model, plan
+    def __init__(self, model: nn.Module, plan: Plan, has_values: bool = True):
+        self.model, self.plan, self.has_values = model, plan, has_values
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.quantizers: dict[str, Quantizer] = {}
         self.owned: set[Quantizer] = set()
@@ -149,7 +166,7 @@ class _Builder:
             self._check_layer(layer)
         for site in self.plan.sites:
             quantizer = self.quantizers[site.name] = make_quantizer(site)
-            if site.kind == "weight":
+            if site.kind == "weight" and self.has_values:
                 weight = weight_at(self.model, self.plan, site.name)
                 quantizer.to(weight.device).fit(weight)
             else:
@@ -180,6 +197,8 @@ class _Builder:
         ):
             raise PlanError(f"The plan folds {layer.batch_norm!r}, which is no batch norm. Plan this model anew.")
         weight = weight_of(module)
+        if not self.has_values:
+            return
         if weight.is_meta:
             raise PlanError(
                 f"The weight of {layer.path!r} is on the meta device, where it has no values. Plan there if you like; "

@@ -248,7 +248,11 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}calibrated" in state_dict:
-            self._is_calibrated = self._is_calibrated or bool(self.calibrated.all())
+            self.take_over()
+
+    def take_over(self) -> None:
+        """Count as calibrated where the tensors that were put in place of the own ones say so."""
+        self._is_calibrated = self._is_calibrated or bool(self.calibrated.all())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantizer":
         """Follow the model to another device, but keep float32 where it is cast to half precision."""

@@ -3,7 +3,7 @@
 from isogrid.training.adapters import AdapterReport, adapter_report, add_adapters, use_adapters
 from isogrid.training.batch_norm import reestimate_batch_norm
 from isogrid.training.bitnet import to_bitnet
-from isogrid.training.blockwise import BlockResult, Blockwise, train_blockwise
+from isogrid.training.blockwise import BlockResult, Blockwise, train_blockwise, train_blockwise_on_disk
 from isogrid.training.calibration import calibrate
 from isogrid.training.checkpoint import load_training, save, save_training
 from isogrid.training.codes import freeze_codes
@@ -52,5 +52,6 @@ __all__ = [
     "teacher",
     "to_bitnet",
     "train_blockwise",
+    "train_blockwise_on_disk",
     "use_adapters",
 ]

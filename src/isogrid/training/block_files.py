@@ -5,8 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,6 +13,7 @@ from isogrid.errors import CheckpointError
 from isogrid.files import write_json, write_whole
 from isogrid.training.checkpoint import load_state
 from isogrid.training.optimizer_state import load_optimizer, optimizer_parts
+from isogrid.training.tensor_files import TensorFile
 
 MANIFEST = "blockwise.json"
 FORMAT = 1
@@ -66,7 +66,7 @@ class BlockFiles:
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """The tensors of a trained block; raises CheckpointError where they cannot be read."""
-        return _read(self.block_file(index))
+        return TensorFile(self.block_file(index)).read_all()
 
     def hidden_file(self, index: int, kind: str, number: int) -> Path:
         return self.folder / "hidden" / f"{index:04}-{kind}-{number:06}.safetensors"
@@ -77,7 +77,7 @@ class BlockFiles:
 
     def read_hidden(self, index: int, kind: str, number: int) -> Tensor:
         """What a block gets for a batch."""
-        return _read(self.hidden_file(index, kind, number))["hidden"]
+        return TensorFile(self.hidden_file(index, kind, number)).read("hidden")
 
     def forget_hidden(self, index: int) -> None:
         """Drop what a block got."""
@@ -98,14 +98,14 @@ class BlockFiles:
         """Load where the training of a block was: steps done, and their losses; None where it has not begun."""
         if not self.step_file.is_file():
             return None
+        file = TensorFile(self.step_file)
         try:
-            with safe_open(self.step_file, "pt") as file:
-                position = json.loads(file.metadata()["position"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{self.step_file} is corrupt or truncated: {error}.") from error
+            position = json.loads(file.metadata["position"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.step_file} is corrupt: {error}.") from error
         if position["block"] != index:
             return None  # of the block before, and not yet overwritten
-        tensors = _read(self.step_file)
+        tensors = file.read_all()
         load_state(block, _under("block/", tensors), self.step_file)
         load_optimizer(optimizer, _under("optimizer/", tensors), position["optimizer"], self.step_file)
         return int(position["step"]), list(position["losses"])
@@ -116,13 +116,13 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """One file of tensors; each is copied, so that views of one storage do not matter."""
-    apart = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    """One file of tensors; those that are a part of something larger are copied."""
+
+    def alone(tensor: Tensor) -> Tensor:
+        found = tensor.detach().cpu().contiguous()
+        return found if found.untyped_storage().nbytes() == found.nbytes else found.clone()
+
+    apart = {name: alone(tensor) for name, tensor in tensors.items()}
     write_whole(path, lambda temporary: save_file(apart, temporary, metadata))
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is missing, corrupt or truncated: {error}. Begin anew with restart.") from error

@@ -7,9 +7,16 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from isogrid.layers.coded import why_not_coded
+from isogrid.planning.parts import plan_around, plan_of_part
+from isogrid.planning.plan import Plan
+from isogrid.planning.prepare import prepare, prepare_part
+from isogrid.planning.state import STATE_NAME, STEP_NAME, PreparedState
 from isogrid.training.block_files import BlockFiles
 from isogrid.training.blocks import Call
 from isogrid.training.checkpoint import load_state
+from isogrid.training.codes import code_layers
+from isogrid.training.shards import Shards, empty, fill, place
 
 
 class BlockSource(Protocol):
@@ -35,6 +42,10 @@ class BlockSource(Protocol):
 
     def restore(self, index: int, files: BlockFiles) -> None:
         """Take over a block that was trained before."""
+        ...
+
+    def finish(self, files: BlockFiles) -> None:
+        """All blocks are trained: make the model whole."""
         ...
 
     def on_device(self, call: Call) -> Call:
@@ -66,6 +77,9 @@ class InMemory:
     def restore(self, index: int, files: BlockFiles) -> None:
         load_state(self.model.get_submodule(self.paths[index]), files.read_block(index), files.block_file(index))
 
+    def finish(self, files: BlockFiles) -> None:
+        """Nothing to do: the blocks are where they were."""
+
     def on_device(self, call: Call) -> Call:
         return moved(call, self.device)
 
@@ -80,3 +94,55 @@ def moved(call: Call, device: torch.device) -> Call:
 
     args, kwargs = tree_map_only(torch.Tensor, move, (call.args, call.kwargs))
     return replace(call, args=args, kwargs=kwargs, hidden=move(call.hidden))
+
+
+class OnDisk:
+    """The blocks of a model that is larger than memory: each is read from shards, and its codes take its place.
+
+    What lies around the blocks is read at once and prepared. After the run the model has codes in place of its blocks.
+
+    Args:
+        model: float, with its parameters on the meta device and its buffers where they belong, as
+            `accelerate.init_empty_weights` makes it.
+        plan: of it.
+        paths: of its blocks.
+        shards: with its weights.
+        device: where blocks train and what is around them lives.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, paths: tuple[str, ...], shards: Shards, device: torch.device):
+        self.model, self.plan, self.paths, self.shards, self.device = model, plan, paths, shards, device
+        self._parts = [plan_of_part(plan, path) for path in paths]
+        for path in paths:  # what is missing is said before anything is trained
+            missing = [n for n, t in model.get_submodule(path).named_parameters() if t.is_meta]
+            shards.check([f"{path}.{name}" for name in missing])
+        fill(model, shards, "", device, without=paths)
+        prepare(model, plan_around(plan, paths))
+        setattr(model, STATE_NAME, PreparedState(plan))
+        model.register_buffer(STEP_NAME, torch.zeros(1, dtype=torch.int64, device=device))
+
+    def open(self, index: int) -> nn.Module:
+        path = self.paths[index]
+        fill(self.model, self.shards, path, self.device)
+        return prepare_part(self.model.get_submodule(path), self._parts[index]).eval()
+
+    def close(self, index: int, block: nn.Module, files: BlockFiles) -> None:
+        self._code(index, block)
+        files.write_block(index, dict(block.state_dict()))
+        empty(block)
+
+    def restore(self, index: int, files: BlockFiles) -> None:
+        block = self.model.get_submodule(self.paths[index])
+        self._code(index, prepare_part(block, self._parts[index], has_values=False))
+        empty(block)
+
+    def finish(self, files: BlockFiles) -> None:
+        for index, path in enumerate(self.paths):
+            place(self.model.get_submodule(path), files.read_block(index), self.device, files.block_file(index))
+
+    def on_device(self, call: Call) -> Call:
+        return moved(call, self.device)
+
+    def _code(self, index: int, block: nn.Module) -> None:
+        layers = {layer.path: block.get_submodule(layer.path) for layer in self._parts[index].layers}
+        code_layers(block, [path for path, layer in layers.items() if why_not_coded(layer) is None])

@@ -1,5 +1,6 @@
 """Block-wise training: one block at a time is held against its float self, and nothing else has gradients."""
 
+import gc
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isogrid.errors import CheckpointError, NonFiniteError, NotCalibratedError, PlanError
+from isogrid.planning.plan import Plan
 from isogrid.planning.state import prepared_state, quantizers
 from isogrid.training.block_files import BlockFiles
-from isogrid.training.block_sources import BlockSource, InMemory
+from isogrid.training.block_sources import BlockSource, InMemory, OnDisk
 from isogrid.training.blocks import Call, Caller, find_blocks
 from isogrid.training.calibration import check_not_empty, run_batch
 from isogrid.training.memory import explained_memory
 from isogrid.training.optimizers import make_optimizer, set_rate
 from isogrid.training.parameters import groups_of
+from isogrid.training.shards import Shards
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,44 @@ def train_blockwise(
     )
 
 
+def train_blockwise_on_disk(
+    model: nn.Module,
+    plan: Plan,
+    weights: str | Path,
+    batches: Sequence[Any],
+    settings: Blockwise | None = None,
+    *,
+    blocks: str | None = None,
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    after_step: AfterStep = lambda path, step, loss: None,
+) -> tuple[BlockResult, ...]:
+    """`train_blockwise` for a model that is larger than memory: blocks are read from shards, trained, kept as codes.
+
+    The float weights of one block are there at a time. Afterwards the model is prepared and whole, with its linear
+    layers as `isogrid.freeze_codes` leaves them: it can train its scales, be converted and exported.
+
+    Args:
+        model: float, on the meta device but for its buffers: made under `accelerate.init_empty_weights()`.
+        plan: of it; its activations stay float, or are quantised as they come.
+        weights: folder of safetensors shards, as `save_pretrained` writes it.
+        batches, settings, blocks, after_step: as for `train_blockwise`.
+        folder: as there, and where the codes of the blocks are.
+        device: where blocks train.
+
+    Raises:
+        CheckpointError: a shard or a tensor is missing, truncated or of another model.
+        PlanError: a block shares grids with others.
+
+    See `train_blockwise` for the rest.
+    """
+    source = OnDisk(model, plan, find_blocks(model, blocks), Shards(weights), torch.device(device))
+    arguments = plan.arguments
+    return run_blockwise(
+        source, batches, settings or Blockwise(), folder, after_step, lambda m, batch: run_batch(m, batch, arguments)
+    )
+
+
 def run_blockwise(
     source: BlockSource,
     batches: Sequence[Any],
@@ -176,15 +217,17 @@ class _Run:
 
     def all(self) -> tuple[BlockResult, ...]:
         """Train what is not trained yet."""
-        flags = {module: module.training for module in self.source.model.modules()}
+        # By path, for a layer that is replaced would otherwise keep its weight.
+        flags = {path: module.training for path, module in self.source.model.named_modules()}
         try:
             self.source.model.eval()
             self.caller.check(self.batches[0])
             for index in range(self._resume(), len(self.source.paths)):
                 self._block(index)
+            self.source.finish(self.files)
         finally:
-            for module, flag in flags.items():
-                module.training = flag
+            for path, module in self.source.model.named_modules():
+                module.training = flags.get(path, flags[""])
         return tuple(self.results)
 
     def _resume(self) -> int:
@@ -254,6 +297,9 @@ class _Run:
             if index + 1 < len(self.source.paths):
                 self._pass(index, block, "quantized")
             self.source.close(index, block, files)
+            # Optimizers and modules refer to themselves in circles, and would keep their tensors for a while.
+            del optimizer, parameters, block
+            gc.collect()
         manifest = files.read() or {}
         done = {"identity": manifest["identity"], "done": index + 1, "losses": [*manifest["losses"], losses]}
         files.write(done)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -147,9 +146,12 @@ class LayerLosses:
             module = model.get_submodule(name)
         except AttributeError as error:
             raise DistillationError(f"There is no module {name!r} in {type(model).__name__}. {error}") from error
-        self._handles.append(module.register_forward_hook(partial(self._keep, name, whose)))
+        teacher, seen = self._teacher, self._seen
 
-    def _keep(self, name: str, whose: str | None, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        whose = whose or ("teacher" if self._teacher.running else "student")
-        if whose == "teacher" or module.training:
-            self._seen[whose][name] = logits_of(outputs)
+        # A plain function, so that a copy of the model does not copy the teacher with its hooks.
+        def keep(ran: nn.Module, inputs: Any, outputs: Any) -> None:
+            side = whose or ("teacher" if teacher.running else "student")
+            if ran is module and (side == "teacher" or ran.training):
+                seen[side][name] = logits_of(outputs)
+
+        self._handles.append(module.register_forward_hook(keep))

@@ -17,6 +17,9 @@ from isogrid.quantizers import Quantizer
 Teacher = Callable[..., Any]
 """Called with a model's inputs; gives outputs as the model does, without a gradient."""
 
+TEACHES = "isogrid_teaches"
+"""The attribute of a prepared model that is true while it runs as its own teacher."""
+
 
 def teacher(
     model: nn.Module,
@@ -124,11 +127,13 @@ class SelfTeacher:
         current = moving(self.model, self._kept.keys())
         tensors = {name: _awake(kept, current[name]) for name, kept in self._kept.items()}
         self.running = True
+        object.__setattr__(self.model, TEACHES, True)
         try:
             with torch.no_grad(), evaluating(self.model), in_float(self.model):
                 return functional_call(self.model, tensors, inputs, named)
         finally:
             self.running = False
+            object.__setattr__(self.model, TEACHES, False)
 
 
 def moving(model: nn.Module, names: Any = None) -> dict[str, Tensor]:

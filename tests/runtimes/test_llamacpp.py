@@ -14,7 +14,7 @@ from isogrid.targets import gguf_tensors
 from isogrid.targets.gguf_export import write_float_gguf
 from isogrid.targets.llamacpp_model import LlamaFile
 from isogrid.targets.subprocesses import Worker
-from tests.targets.language_models import SPECIFIC, language_model, prepared_model, tokens
+from tests.targets.language_models import SPECIFIC, STRETCHED, language_model, prepared_model, stretched_model, tokens
 
 pytestmark = pytest.mark.runtime("llamacpp")
 
@@ -32,6 +32,17 @@ def test_float_models_are_the_same(family: str, tmp_path: Path) -> None:
         expected = model(input_ids=tokens()).logits
     difference = (file(tokens()) - expected).abs().max() / expected.abs().max()
     assert difference < (1e-3 if family in GELU else 3e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"), [*((name, {}) for name in STRETCHED), ("yarn", {"attention_factor": 1.5})], ids=str
+)
+def test_stretched_positions_are_the_same(name: str, more: dict[str, float], tmp_path: Path) -> None:
+    model = stretched_model(name, **more)
+    file = LlamaFile(write_float_gguf(model, tmp_path / "model.gguf", type="F32"), threads=1)
+    with torch.no_grad():
+        expected = model(input_ids=tokens(2, 48)).logits  # three times the original context
+    assert (file(tokens(2, 48)) - expected).abs().max() / expected.abs().max() < 3e-6
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,16 @@ SPECIFIC: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_positions": 64}),
 }
+STRETCHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("llama", {"factor": 4.0}),
+    "llama3": ("llama", {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+    "yarn": ("qwen2", {"factor": 4.0}),
+    "longrope": (
+        "phi3",
+        {"long_factor": [1 + 0.1 * i for i in range(32)], "short_factor": [1 + 0.02 * i for i in range(32)]},
+    ),
+}
+"""Rotary embeddings that are stretched from 16 tokens to 64: a family that has them, and their parameters."""
 RENAMED = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 
 
@@ -53,6 +63,14 @@ def language_model(family: str, **options: Any) -> nn.Module:
             else:
                 parameter.mul_(2)
     return model
+
+
+def stretched_model(name: str, **rope: Any) -> nn.Module:
+    """A float model with one of these rotary embeddings, changed where asked."""
+    family, known = STRETCHED[name]
+    parameters = {"rope_type": name, "rope_theta": 1e4, "original_max_position_embeddings": 16, **known, **rope}
+    more = {"original_max_position_embeddings": 16} if family == "phi3" else {}
+    return language_model(family, rope_parameters=parameters, **more)
 
 
 def tokens(rows: int = 2, length: int = 24) -> torch.Tensor:

@@ -4,16 +4,12 @@ Keys and conventions are those of llama.cpp's own converter, conversion/*.py bes
 each architecture reads back is in its src/models/*.cpp.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from math import log, pi, sqrt
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from isogrid.errors import TargetError
 from isogrid.targets.gguf_experts import experts_in
+from isogrid.targets.gguf_rotation import rotation
 
 Metadata = dict[str, Any]
 """Values by GGUF keys: bool, int, float, str and lists of these."""
@@ -113,17 +109,7 @@ def metadata_of(config: Any, architecture: Architecture) -> Metadata:
         found |= _windows(config)
     elif architecture.name == "phi3":
         found["attention.sliding_window"] = 0  # without it, the converter's way to mark other models
-    return {f"{architecture.name}.{key}": value for key, value in (found | _rotation(config, head)).items()}
-
-
-def rotation_factors(config: Any) -> dict[str, Tensor]:
-    """Tensors of the file that stretch rotary embeddings, float32 by name; none for most models."""
-    rope = _rope(config)
-    if rope.get("rope_type") == "llama3":
-        return {"rope_freqs.weight": _llama3_factors(config, rope)}
-    if rope.get("rope_type") == "longrope":
-        return {f"rope_factors_{kind}.weight": torch.tensor(rope[f"{kind}_factor"]) for kind in ("long", "short")}
-    return {}
+    return {f"{architecture.name}.{key}": value for key, value in (found | rotation(config, head)).items()}
 
 
 def _check(config: Any, architecture: Architecture) -> None:
@@ -179,51 +165,3 @@ def _experts(config: Any) -> Metadata:
 def _windows(config: Any) -> Metadata:
     kinds = [kind == "sliding_attention" for kind in config.layer_types]
     return {"attention.sliding_window": config.sliding_window, "attention.sliding_window_pattern": kinds}
-
-
-def _rope(config: Any) -> Mapping[str, Any]:
-    """The rotary embedding of the layers with full attention; empty where positions are learned."""
-    rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
-    full: Mapping[str, Any] = rope.get("full_attention", rope)
-    return full
-
-
-def _rotation(config: Any, head: int) -> Metadata:
-    rope = _rope(config)
-    if not rope:
-        return {}
-    share = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1.0)
-    found: Metadata = {"rope.dimension_count": int(head * share), "rope.freq_base": float(rope["rope_theta"])}
-    local = config.rope_parameters.get("sliding_attention")
-    if local is not None:
-        if local["rope_type"] != "default":
-            raise TargetError(f"llama.cpp does not stretch local rotary embeddings; this model has {local}.")
-        found["rope.freq_base_swa"] = float(local["rope_theta"])
-    kind = rope.get("rope_type", "default")
-    if kind in ("linear", "yarn"):
-        found |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
-    if kind == "yarn":
-        found["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
-    if kind == "longrope":
-        original = int(rope["original_max_position_embeddings"])
-        stretch = config.max_position_embeddings / original
-        factor = sqrt(1 + log(stretch) / log(original)) if stretch > 1 else 1.0
-        found |= {
-            "rope.scaling.type": kind,
-            "rope.scaling.original_context_length": original,
-            "rope.scaling.attn_factor": factor,
-        }
-    elif kind not in ("default", "linear", "yarn", "llama3"):
-        raise TargetError(f"The rotary embedding {kind!r} is not written directly. Export with base=, see the docs.")
-    return found
-
-
-def _llama3_factors(config: Any, rope: Mapping[str, Any]) -> Tensor:
-    """By how much each frequency is slowed down: not where waves are short, by `factor` where they are long."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
-    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
-    turns = rope["original_max_position_embeddings"] / (2 * pi / frequencies)
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    factors: Tensor = 1 / ((1 - smooth) / factor + smooth)
-    return factors

@@ -15,9 +15,10 @@ from isogrid.files import write_whole
 from isogrid.layers.stored import StoredWeight
 from isogrid.planning.plan import Plan
 from isogrid.targets.artifact import Artifact, versions_of, write_artifact
-from isogrid.targets.gguf_architectures import architecture_of, metadata_of, rotation_factors
+from isogrid.targets.gguf_architectures import architecture_of, metadata_of
 from isogrid.targets.gguf_base import replaced
 from isogrid.targets.gguf_bitnet import BITNET, is_bitnet, norms_of
+from isogrid.targets.gguf_rotation import rotation_factors
 from isogrid.targets.gguf_tensors import Placed, placed
 from isogrid.targets.gguf_tokenizer import tokenizer_metadata
 from isogrid.targets.gguf_writing import Contents, float_tensors

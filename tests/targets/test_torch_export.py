@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torchao.quantization.pt2e.lowering import lower_pt2e_quantized_to_x86
 
 import isogrid as ig
-from isogrid.errors import ArtifactError
+from isogrid.errors import ArtifactError, TargetError
+from isogrid.targets.torch_export import QUANTIZE
 from tests.models import make, train
 
 
@@ -32,3 +34,46 @@ def test_a_corrupt_file_is_an_error_of_ours(tmp_path):
     artifact.path.write_bytes(artifact.path.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match="corrupt or truncated"):
         ig.load(artifact.path)
+
+
+class Quantizations(torch.fx.Interpreter):
+    """Runs a graph and keeps the codes that it makes, each with scale and zero point."""
+
+    def run_node(self, n):
+        result = super().run_node(n)
+        if n.target is QUANTIZE:
+            self.codes = [*getattr(self, "codes", []), (tuple(n.args[1:3]), result)]
+        return result
+
+
+def test_inductors_kernels_make_the_same_codes(tmp_path):
+    model, inputs = make("residual")
+    weights = ig.Rule(match="*", weight="int7/channel")  # without VNNI, 8 bits overflow oneDNN's sums of two products
+    ig.prepare(model, ig.plan(model, "torch-export", "w8a8", [weights], example_inputs=inputs))
+    ig.calibrate(model, [inputs])
+    train(model, inputs, 2, lr=0.001)
+    artifact = ig.export(model.eval(), tmp_path / "model.pt2")
+    program = torch.export.load(artifact.path).module(check_guards=False)
+    with torch.no_grad():
+        lowered = lower_pt2e_quantized_to_x86(program, inputs)
+        called = [str(node.target) for node in lowered.graph.nodes if node.op == "call_function"]
+        assert called.count("onednn.qconv_pointwise.default") == 3
+        assert called.count("onednn.qlinear_pointwise.default") == 1
+        assert not any(name.startswith(("aten.conv", "aten.linear", "aten.addmm")) for name in called)
+        watched = [Quantizations(graph) for graph in (program, lowered)]
+        (expected,), (found,) = (watcher.run(*inputs) for watcher in watched)
+    # Lowering drops what only repeats a quantisation, so look for each of its own, in order.
+    eager = iter(watched[0].codes)
+    compared = 0
+    for grid, codes in watched[1].codes:
+        same = next(theirs for known, theirs in eager if known == grid and theirs.shape == codes.shape)
+        assert torch.equal(codes, same)
+        compared += codes.numel()
+    assert compared > 1000
+    assert torch.equal(found, expected) and torch.equal(expected, ig.convert(model)(*inputs))
+
+
+def test_a_format_that_the_kernels_do_not_take_is_refused_with_another():
+    model, inputs = make("sequential")
+    with pytest.raises(TargetError, match="int7/channel"):
+        ig.plan(model, "torch-export", "x86", example_inputs=inputs)

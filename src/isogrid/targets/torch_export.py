@@ -25,6 +25,8 @@ from isogrid.targets.xnnpack import check_static_format
 
 WHAT = "A graph of quantized_decomposed operators"
 NOTE = "isogrid.json"
+ACTIVATIONS = ("uint8/tensor", "int8/tensor:asymmetric")
+"""As Inductor's x86 kernels take them, and as ExecuTorch does."""
 KINDS = ("linear", "convolution", "add", "concat", "average_pool")
 MULTIPLYING = frozenset({"linear", "conv1d", "conv2d", "conv3d", "convolution", "matmul", "mm", "bmm", "addmm"})
 
@@ -60,8 +62,13 @@ class TorchExport:
 
     def check_format(self, kind: str, fmt: Format, call: Call, scheme: Scheme) -> None:
         """Raise TargetError where a format has no such form."""
-        if kind != "activation" or str(fmt) != "uint8/tensor":
+        if kind != "activation":
             check_static_format(kind, fmt, call, WHAT)
+        elif str(fmt) not in ACTIVATIONS:
+            raise TargetError(
+                f"{call.name!r}: {WHAT} has activations as {' or '.join(ACTIVATIONS)}, not {fmt}. Against "
+                "overflow on processors without VNNI give weights fewer bits: int7/channel."
+            )
 
     def export(self, integer_model: nn.Module, plan: Plan, path: str | Path) -> Artifact:
         """Write a .pt2 file, which `torch.export.load` reads, with its sidecar.

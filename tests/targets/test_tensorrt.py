@@ -125,3 +125,30 @@ def test_nvfp4_weights_are_dequantised_in_two_steps(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(hidden), model[:4](x).detach(), rtol=0, atol=2e-6)
     torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=0, atol=5e-4)
     assert stored_parts(proto)["0.weight"].equal(ig.convert(model)[0].codes)
+
+
+class Twice(nn.Module):
+    """One convolution in two places, a ReLU behind the first alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.again = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, padding=1)
+        self.last = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.again(torch.relu(self.again(self.stem(x)))))
+
+
+def test_a_layer_whose_uses_differ_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    model, x = Twice(), torch.randn(2, 3, 12, 12)
+    ig.prepare(model, ig.plan(model, "tensorrt", "w8a8", example_inputs=(x,)))
+    ig.calibrate(model, [x])
+    with pytest.raises(TargetError, match=r"called more than once .* keep it float by"):
+        ig.export(model, tmp_path / "model.onnx")
+    model = Twice()
+    plan = ig.plan(model, "tensorrt", "w8a8", [ig.Rule(match="again", keep="float")], example_inputs=(x,))
+    # What a float layer reads its producer leaves in float: TensorRT would dequantise it again.
+    assert {site.name for site in plan.sites if site.kind != "weight"} == {"stem.input", "last.0.input"}
+    ig.prepare(model, plan)
+    ig.calibrate(model, [x])
+    assert ig.verify(model, ig.export(model, tmp_path / "model.onnx"), [x])

@@ -34,6 +34,12 @@ HALVES = frozenset({"Linear", "Conv1d", "Conv2d", "Conv3d"})
 
 OPTIONS = {OPTIMIZATIONS: "none"}
 
+REMEDIES = {
+    "between": "A layer that is called more than once absorbs an activation only if each of its calls has it: call one "
+    'layer a use, or keep it float by ig.Rule(match=<the layer>, keep="float").'
+}
+"""What a model's author can do about a rule, where that is not what the author of a file would do."""
+
 
 class TensorRt:
     """The target `tensorrt`: a strongly typed ONNX file with explicit Q/DQ.
@@ -44,7 +50,7 @@ class TensorRt:
 
     name = "tensorrt"
     kernels = "tensorrt"
-    float_endings = frozenset({"linear"})
+    float_endings = frozenset({"linear", "convolution"})
     fused_layers: tuple[tuple[str, ...], ...] = ()
     fuses_additions = True
 
@@ -123,6 +129,7 @@ class TensorRt:
 def _check_rules(model: onnx.ModelProto) -> None:
     broken = [finding for finding in lint(model) if finding.severity == "error"]
     if broken:
+        remedy = REMEDIES.get(broken[0].rule, broken[0].remedy)
         raise TargetError(
-            f"The file would break a rule of TensorRT: {broken[0].node}: {broken[0].problem}. {broken[0].remedy}"
+            f"The file would break a rule of TensorRT: {broken[0].node}: {broken[0].problem}. {remedy}"
         )

@@ -77,3 +77,23 @@ def test_a_format_that_the_kernels_do_not_take_is_refused_with_another():
     model, inputs = make("sequential")
     with pytest.raises(TargetError, match="int7/channel"):
         ig.plan(model, "torch-export", "x86", example_inputs=inputs)
+
+
+class Repeated(torch.nn.Module):
+    """Heads that are repeated, as keys and values are for grouped queries: a view of a copy of what was expanded."""
+
+    def __init__(self):
+        super().__init__()
+        self.keys, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)
+
+    def forward(self, x):
+        keys = self.keys(x)[:, :, None].expand(-1, -1, 2, -1)
+        return self.head(keys.reshape(x.shape[0], -1, 8))
+
+
+def test_a_view_of_a_copy_of_what_was_expanded(tmp_path):
+    model, x = Repeated(), torch.randn(2, 3, 8)
+    ig.prepare(model, ig.plan(model, "torch-export", "w8a8", example_inputs=(x,)))
+    ig.calibrate(model, [x])
+    report = ig.verify(model, ig.export(model, tmp_path / "model.pt2"), [x])
+    assert report.sites and all(site.max_difference <= 1 for site in report.sites), str(report)

@@ -30,6 +30,8 @@ MOVING = frozenset(
 )
 """Operators whose output lies on their input's grid, and which runtimes have for codes."""
 
+VIEWS = (aten.view.default, aten._unsafe_view.default)
+
 COPYING = {aten.clone.default: 0, aten.copy.default: 1, aten.dropout.default: 0, aten.alias.default: 0}
 """Operators that return one of their arguments in a functional graph, and which."""
 
@@ -87,6 +89,9 @@ class DecomposedWriter:
                 node.replace_all_uses_with(new)
                 self.graph.erase_node(node)
             elif node.op == "call_function" and node.target in COPYING:
+                for user in node.users:
+                    if user.target in VIEWS:  # of what the copy had laid out anew
+                        user.target = aten.reshape.default
                 node.replace_all_uses_with(node.args[COPYING[node.target]])
                 self.graph.erase_node(node)
             elif node.op == "call_function" and node.target in MOVING:

@@ -14,8 +14,7 @@ from isogrid.formats import Quantized
 from isogrid.planning.plan import LayerPlan
 from isogrid.planning.state import prepared_state
 from isogrid.targets.checkpoints.integers import SUFFIXES, Integers, integers_in
-from isogrid.targets.checkpoints.loading import weight_name
-from isogrid.targets.checkpoints.rows import Rows, assembled, converted
+from isogrid.targets.checkpoints.rows import Rows, assembled, converted, weight_name
 from isogrid.targets.recovery import checkpoint_tensors
 
 
@@ -42,7 +41,7 @@ def adopt_checkpoint(model: nn.Module, checkpoint: str | Path) -> nn.Module:
     found = dict(integers_in(tensors, config))
     if not found:
         raise CheckpointError(f"{folder} holds no quantised weight. Load it as any float checkpoint.")
-    layers = {weight_name(layer): layer for layer in plan.layers}
+    layers = {weight_name(layer.path): layer for layer in plan.layers}
     weights = {name: _weight(model, layer) for name, layer in layers.items()}
     parts: dict[str, list[tuple[Tensor, Quantized]]] = {name: [] for name in layers}
     for prefix, (source, rows) in _rows(model, {name: tuple(w.shape[:-1]) for name, w in weights.items()}).items():
@@ -79,7 +78,7 @@ def _quantization(folder: Path) -> dict[str, Any]:
 
 def _weight(model: nn.Module, layer: LayerPlan) -> Tensor:
     """[out, in], or [experts, out, in]."""
-    name = weight_name(layer)
+    name = weight_name(layer.path)
     try:
         return model.get_parameter(name)
     except AttributeError:

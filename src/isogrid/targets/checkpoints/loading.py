@@ -17,19 +17,11 @@ from isogrid.layers.stored import parts_of
 from isogrid.planning.plan import LayerPlan
 from isogrid.planning.values import tensors_in
 from isogrid.targets.artifact import Artifact
-from isogrid.targets.checkpoints.rows import Rows, assembled, converted
+from isogrid.targets.checkpoints.rows import STACKS, Rows, assembled, converted, weight_name
 from isogrid.targets.runtime import Observed, RuntimeOperator
 
 Part = tuple[Tensor, Mapping[str, Tensor]]
 """Numbers of rows of a weight, and the tensors that these are stored in."""
-
-STACKS = {
-    "gate_up_projection": "gate_up_proj",
-    "up_projection": "up_proj",
-    "down_projection": "down_proj",
-}
-"""The parameters that experts are stacked in, by the layers that read them."""
-
 
 class CheckpointModel(ABC):
     """A checkpoint loaded by `from_pretrained`, in the dtype of its config.
@@ -152,17 +144,17 @@ class CheckpointModel(ABC):
         for prefix, (source, rows) in self._rows.items():
             parts.setdefault(source, []).append((rows, inside(tensors, prefix)))
         for layer in self.artifact.plan.layers:
-            yield layer, parts[weight_name(layer)]
+            yield layer, parts[weight_name(layer.path)]
 
     @cached_property
     def _rows(self) -> Rows:
         """Which rows of which weight lie under which name in the files."""
-        shapes = {weight_name(layer): self._shape(layer)[:-1] for layer in self.artifact.plan.layers}
+        shapes = {weight_name(layer.path): self._shape(layer)[:-1] for layer in self.artifact.plan.layers}
         return converted(self._empty, {}, shapes).rows
 
     def on_disk(self) -> dict[str, LayerPlan]:
         """The quantised layers by their names in the files; an expert of a stack has one of its own."""
-        layers = {weight_name(layer): layer for layer in self.artifact.plan.layers}
+        layers = {weight_name(layer.path): layer for layer in self.artifact.plan.layers}
         return {prefix: layers[source] for prefix, (source, _) in self._rows.items()}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -193,7 +185,7 @@ class CheckpointModel(ABC):
 
     def _shape(self, layer: LayerPlan) -> tuple[int, ...]:
         """[out, in], or [experts, out, in]."""
-        return tuple(self._empty.get_parameter(weight_name(layer)).shape)
+        return tuple(self._empty.get_parameter(weight_name(layer.path)).shape)
 
 
 def inside(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -208,12 +200,6 @@ def inside(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def is_stack(layer: LayerPlan) -> bool:
     """Whether a layer of a plan is one product of all experts."""
     return layer.path.rpartition(".")[2] in STACKS
-
-
-def weight_name(layer: LayerPlan) -> str:
-    """The name of a layer's weight in transformers' own state_dict."""
-    parent, _, leaf = layer.path.rpartition(".")
-    return f"{parent}.{STACKS[leaf]}" if leaf in STACKS else f"{layer.path}.weight"
 
 
 def _transformers(package: str, target: str) -> Any:

@@ -20,6 +20,13 @@ _FIRST = 1 << 40
 
 Rows = dict[str, tuple[str, Tensor]]
 
+STACKS = {
+    "gate_up_projection": "gate_up_proj",
+    "up_projection": "up_proj",
+    "down_projection": "down_proj",
+}
+"""The parameters that experts are stacked in, by the layers that read them."""
+
 
 class Converted(NamedTuple):
     """A state_dict as it is written to disk.
@@ -68,6 +75,16 @@ def converted(model: nn.Module, plain: Mapping[str, Tensor], weights: Mapping[st
             )
         rows[name.removesuffix(".weight")] = source, tensor.flatten() - start
     return Converted(found, rows)
+
+
+def weight_name(path: str) -> str:
+    """The name of a quantised layer's weight in transformers' own state_dict: its own, or the stack that it reads.
+
+    >>> weight_name("model.layers.0.mlp.experts.down_projection"), weight_name("lm_head")
+    ('model.layers.0.mlp.experts.down_proj', 'lm_head.weight')
+    """
+    parent, _, leaf = path.rpartition(".")
+    return f"{parent}.{STACKS[leaf]}" if leaf in STACKS else f"{path}.weight"
 
 
 def take_rows(quantized: Quantized, rows: Tensor) -> Quantized:

@@ -14,7 +14,7 @@ from isogrid.layers.stored import StoredLinear
 from isogrid.planning.plan import Plan
 from isogrid.planning.state import STEP_NAME
 from isogrid.targets.artifact import Artifact, versions_of, write_folder
-from isogrid.targets.checkpoints.rows import Rows, converted
+from isogrid.targets.checkpoints.rows import Rows, converted, weight_name
 
 SHARD = "5GB"
 """The most that one file of tensors holds, as transformers has it."""
@@ -75,8 +75,8 @@ def checkpoint_tensors(model: nn.Module, stored: Layers, pack: Pack) -> tuple[di
             continue  # tied tensors are stored once
         seen.add(key)
         plain[name] = tensor
-    weights = {weight_name(path, module): _row_shape(module) for path, module in stored.items()}
-    sources = {weight_name(path, module): module for path, module in stored.items()}
+    weights = {weight_name(path): _row_shape(module) for path, module in stored.items()}
+    sources = {weight_name(path): module for path, module in stored.items()}
     on_disk = converted(model, plain, weights)
     tensors = dict(on_disk.plain)
     float_model: Any = model
@@ -86,12 +86,6 @@ def checkpoint_tensors(model: nn.Module, stored: Layers, pack: Pack) -> tuple[di
         for name, tensor in pack(module, rows, dtype).items():
             tensors[f"{prefix}.{name}"] = tensor
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, on_disk.rows
-
-
-def weight_name(path: str, module: nn.Module) -> str:
-    """The name of a layer's weight in transformers' own state_dict."""
-    stack: Any = module
-    return f"{path.rpartition('.')[0]}.{stack.source}" if isinstance(module, StoredExperts) else f"{path}.weight"
 
 
 def _row_shape(module: StoredLinear) -> tuple[int, ...]:

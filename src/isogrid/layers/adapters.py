@@ -166,6 +166,12 @@ def adapters_of(module: nn.Module) -> Adapters | None:
     return found if isinstance(found, Adapters) else None
 
 
+def adapter_of(module: nn.Module, name: str) -> Adapter:
+    """The adapter of a layer by its name."""
+    found: Any = getattr(module, ATTRIBUTE)[name]
+    return found  # type: ignore[no-any-return]
+
+
 def made_of(module: nn.Module) -> Made | None:
     """How a layer's weight is made with its active adapters; None where it has none."""
     adapters = adapters_of(module)

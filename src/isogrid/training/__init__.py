@@ -13,6 +13,7 @@ from isogrid.training.features import LayerLosses, feature_loss, relation_loss
 from isogrid.training.generation import generate_text
 from isogrid.training.merging import merge_adapters
 from isogrid.training.parameters import parameter_groups
+from isogrid.training.peft import load_peft, save_peft
 from isogrid.training.pretrained import prepare, restore
 from isogrid.training.schedule import Phase, Schedule, TwoStages
 from isogrid.training.teacher_cache import TeacherCache, store_teacher
@@ -39,6 +40,7 @@ __all__ = [
     "freeze_codes",
     "generate_text",
     "kl_divergence",
+    "load_peft",
     "load_training",
     "merge_adapters",
     "parameter_groups",
@@ -47,6 +49,7 @@ __all__ = [
     "relation_loss",
     "restore",
     "save",
+    "save_peft",
     "save_training",
     "store_teacher",
     "teacher",

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from isogrid.errors import PlanError
-from isogrid.layers.adapters import ATTRIBUTE, METHODS, Adapter, Adapters, AdapterSpec, Method, adapters_of
+from isogrid.layers.adapters import ATTRIBUTE, METHODS, Adapter, Adapters, AdapterSpec, Method, adapter_of, adapters_of
 from isogrid.layers.coded import CodedLinear, why_not_coded
 from isogrid.layers.embedding import QuantizedTable
 from isogrid.layers.layer import QuantizedLayer, link
@@ -135,7 +135,7 @@ def add_adapters(
         model.requires_grad_(False)
     attach(model, spec)
     for path, (a, b) in starts.items():
-        adapter: Any = model.get_submodule(path).get_submodule(f"{ATTRIBUTE}.{name}")
+        adapter = adapter_of(model.get_submodule(path), name)
         adapter.A.data.copy_(a)
         adapter.B.data.copy_(b)
     return use_adapters(model, name)

@@ -4,7 +4,16 @@ from isogrid.formats.catalog import format_names, named_format
 from isogrid.formats.codebooks import kmeans_grid
 from isogrid.formats.floats import ExponentGrid, FloatGrid, NativeGrid
 from isogrid.formats.format import Affine, Format, Quantized
-from isogrid.formats.granularity import Granularity, PerChannel, PerFlatGroup, PerGroup, PerTensor, PerTile, PerToken
+from isogrid.formats.granularity import (
+    Granularity,
+    PerChannel,
+    PerFlatGroup,
+    PerGroup,
+    PerHead,
+    PerTensor,
+    PerTile,
+    PerToken,
+)
 from isogrid.formats.grid import Grid, IntegerGrid
 from isogrid.formats.tables import LookupGrid, VectorGrid
 
@@ -21,6 +30,7 @@ __all__ = [
     "PerChannel",
     "PerFlatGroup",
     "PerGroup",
+    "PerHead",
     "PerTensor",
     "PerTile",
     "PerToken",

@@ -15,7 +15,16 @@ from isogrid.errors import FormatError
 from isogrid.formats.codebooks import BINARY, BNB_FP4, IQ4_NL, NF4, apot_grid, dynamic_grid, e8p_grid, log2_grid
 from isogrid.formats.floats import ExponentGrid, FloatGrid, NativeGrid
 from isogrid.formats.format import Format
-from isogrid.formats.granularity import Granularity, PerChannel, PerFlatGroup, PerGroup, PerTensor, PerTile, PerToken
+from isogrid.formats.granularity import (
+    Granularity,
+    PerChannel,
+    PerFlatGroup,
+    PerGroup,
+    PerHead,
+    PerTensor,
+    PerTile,
+    PerToken,
+)
 from isogrid.formats.grid import Grid, IntegerGrid
 from isogrid.formats.local import LocalFp4Grid
 from isogrid.formats.tables import ConstantGrid, LookupGrid
@@ -23,7 +32,7 @@ from isogrid.formats.tables import ConstantGrid, LookupGrid
 GRAMMAR = """grid/granularity[:option,...]
   grid: int1..int8, int16, uint1..uint8, uint16, fp8_e4m3, fp8_e5m2, fp6_e3m2, fp6_e2m3, fp4_e2m1, nf4, bnb-fp4,
         ternary, binary, log2-2..log2-8, apot-3..apot-7, e8p
-  granularity: tensor, channel, channel1 (axis 1), token, group32, tile16x16, flat256
+  granularity: tensor, channel, channel1 (axis 1), token, head, group32, tile16x16, flat256
   option: scale=float32|float16|bfloat16|e8m0|fp8_e4m3|fp8_e5m2, pad and axis=0 (groups), narrow, midrise,
         half_up, asymmetric (int), symmetric (uint), even (zero points)"""
 
@@ -310,6 +319,8 @@ def _granularity(word: str, name: str) -> Granularity:
         return PerTensor()
     if word == "token":
         return PerToken()
+    if word == "head":
+        return PerHead()
     if match := re.fullmatch(r"channel(-?\d+)?", word):
         return PerChannel(int(match[1] or 0))
     if match := re.fullmatch(r"(group|flat)(\d+)", word):
@@ -317,7 +328,7 @@ def _granularity(word: str, name: str) -> Granularity:
     if match := re.fullmatch(r"tile(\d+)x(\d+)", word):
         return PerTile(int(match[1]), int(match[2]))
     raise _UnknownWordError(
-        "granularity", word, name, ["tensor", "channel", "token", "group32", "tile16x16", "flat256"]
+        "granularity", word, name, ["tensor", "channel", "token", "head", "group32", "tile16x16", "flat256"]
     )
 
 

@@ -86,6 +86,23 @@ class PerChannel(_Plain):
 
 
 @dataclass(frozen=True)
+class PerHead(_Plain):
+    """One scale for each head of queries, keys or values [..., heads, tokens, size], for all tokens.
+
+    >>> PerHead().scale_shape((2, 8, 5, 64))
+    (1, 8, 1, 1)
+    """
+
+    def scale_shape(self, shape: Shape) -> Shape:
+        if len(shape) < 3:
+            raise FormatError(f"Head granularity needs [heads, tokens, size]; the shape is {list(shape)}.")
+        return tuple(size if i == len(shape) - 3 else 1 for i, size in enumerate(shape))
+
+    def __str__(self) -> str:
+        return "head"
+
+
+@dataclass(frozen=True)
 class PerToken(_Plain):
     """One scale for each vector along the last dimension.
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.errors import NotCalibratedError, PlanError
-from isogrid.formats import Affine, Format, Quantized
+from isogrid.formats import Affine, Format, PerHead, Quantized
 from isogrid.formats.granularity import Shape, blocks
 from isogrid.quantizers.estimators import Estimator
 from isogrid.quantizers.functional import Operand, fake_quantize, initial_tensors
+from isogrid.quantizers.head_observer import HeadObserver
 from isogrid.quantizers.nested import is_nested, refined
 from isogrid.quantizers.observer import Observer
 from isogrid.quantizers.ranges import Range
@@ -28,7 +29,8 @@ class Quantizer(nn.Module):
 
     Args:
         fmt: what can be stored.
-        shape: of the tensor it quantises; for activations of any shape `(1,)`, with a per-tensor format.
+        shape: of the tensor it quantises; for activations of any shape `(1,)`, with a per-tensor format. Where heads
+            have scales of their own, [..., heads, tokens, size] of one example.
         range: how the scale is chosen from data.
         estimator: what gradient passes the rounding.
         scale_rule: `learned`, `frozen`, `moving` or `dynamic`.
@@ -89,7 +91,7 @@ class Quantizer(nn.Module):
         self.tensors = nn.Module()
         for name, tensor in estimator.tensors(fmt, shape).items():
             _register(self.tensors, name, tensor, name in estimator.learns)
-        self.observer = Observer.for_range(range) if observes and scale_rule != "dynamic" else None
+        self.observer = _observer(fmt, scale_shape, range) if observes and scale_rule != "dynamic" else None
         self.enabled, self.observing, self.ramping, self.range_is_frozen = True, False, False, False
         self._is_calibrated = scale_rule == "dynamic" or fmt.scale is None
 
@@ -278,6 +280,12 @@ class _Floor(torch.autograd.Function):
 
 
 _floor: Callable[..., Tensor] = _Floor.apply
+
+
+def _observer(fmt: Format, scale_shape: Shape, range: Range) -> Observer | HeadObserver:
+    """Of one scale for all that flows through, or of one for each head."""
+    of_heads = isinstance(fmt.granularity, PerHead)
+    return HeadObserver(scale_shape[-3], range) if of_heads else Observer.for_range(range)
 
 
 def _register(module: nn.Module, name: str, tensor: Tensor | None, learned: bool) -> None:

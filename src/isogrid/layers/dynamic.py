@@ -7,7 +7,7 @@ from torch import Tensor
 from isogrid.errors import PlanError
 from isogrid.formats import PerGroup
 from isogrid.formats.granularity import Granularity
-from isogrid.layers import llamacpp_activations, vllm_activations, xnnpack_activations
+from isogrid.layers import llamacpp_activations, llamacpp_cache, vllm_activations, xnnpack_activations
 from isogrid.layers.activation_rule import ActivationRule
 from isogrid.layers.bitnet_activations import BitNetActivations
 from isogrid.layers.nbits import BLOCKS, reciprocal_int8
@@ -44,6 +44,7 @@ ACTIVATION_RULES: dict[str, ActivationRule] = {
     for rule in (
         *[MatMulNBits(block) for block in BLOCKS],
         *llamacpp_activations.RULES,
+        *llamacpp_cache.RULES,
         *vllm_activations.RULES,
         xnnpack_activations.Qd8(),
         BitNetActivations(),

@@ -6,6 +6,7 @@ the run did is a plan's raw material; training never depends on it, except that 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ from isogrid.planning.classify import (
 from isogrid.planning.graph import Call, Graph
 from isogrid.planning.lending import take_back
 from isogrid.planning.moving import moves
+from isogrid.planning.states import states_of
 from isogrid.planning.stubs import stub_of
 from isogrid.planning.values import tensors_in
 
@@ -74,7 +76,7 @@ def capture(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any])
             "on the meta device too, or materialise the model: model.to_empty(device='cpu'), then load a checkpoint."
         )
     inputs = tuple(recorder.new_value(tensor) for tensor in tensors)
-    with _evaluating(model), _no_fast_path(), torch.no_grad(), recorder.looking_on():
+    with _evaluating(model), _no_fast_path(), torch.no_grad(), states_of(model) as states, recorder.looking_on():
         try:
             result = model(*positional, **named)
         except Exception as error:
@@ -88,7 +90,7 @@ def capture(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any])
             f"The model returns a {type(result).__name__} with no tensor in it that can be found. "
             "Return a tensor, or a tuple or dictionary of tensors."
         )
-    return recorder.graph(inputs, outputs)
+    return replace(recorder.graph(inputs, outputs), states=tuple(states))
 
 
 class _What(NamedTuple):

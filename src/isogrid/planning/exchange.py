@@ -1,6 +1,6 @@
 """Modules put in the places of others."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -44,6 +44,12 @@ def exchange(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
             holds = not name.startswith("_") and isinstance(value, list | tuple | dict)
             if holds and any(isinstance(leaf, nn.Module) and leaf in made for leaf in tree_leaves(value)):
                 vars(parent)[name] = tree_map_only(nn.Module, lambda module: made.get(module, module), value)
+
+
+def apart_for(model: nn.Module, planned: Collection[str]) -> tuple[str, ...]:
+    """The paths of modules that are taken apart and have work in them: layers or operations of these names."""
+    paths = (path for path, module in model.named_modules() if isinstance(module, TakenApart))
+    return tuple(path for path in paths if any(name.startswith(f"{path}.") for name in planned))
 
 
 def take_apart(model: nn.Module, paths: tuple[str, ...] | None = None) -> dict[nn.Module, nn.Module]:

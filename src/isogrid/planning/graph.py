@@ -81,6 +81,8 @@ class Graph:
         scopes: paths of the modules whose forward may call functions that can be sites.
         lent: products by parameters of a forward's own module, which were seen as calls of children.
         fast_paths: paths of modules that PyTorch computes without calling their children, where it sees fit.
+        states: of kind query_states, key_cache and value_cache: what attention layers that keep a cache read. They are
+            no calls, and so have neither inputs nor outputs.
     """
 
     calls: tuple[Call, ...]
@@ -90,6 +92,7 @@ class Graph:
     scopes: tuple[str, ...] = ()
     fast_paths: tuple[str, ...] = ()
     lent: tuple[Lent, ...] = ()
+    states: tuple[Call, ...] = ()
 
     @cached_property
     def by_name(self) -> dict[str, list[Call]]:

@@ -52,6 +52,7 @@ def plan_of_part(plan: Plan, path: str) -> Plan:
         floats=tuple((_relative(value, path), reason) for value, reason in part.floats),
         apart=tuple(name(value) for value in part.apart),
         lent=tuple(replace(each, scope=_relative(each.scope, path)) for each in part.lent),
+        states=tuple(replace(each, path=_relative(each.path, path)) for each in part.states),
     )
 
 
@@ -71,6 +72,7 @@ def _kept(plan: Plan, keeps: Callable[[str], bool]) -> Plan:
         floats=tuple((name, reason) for name, reason in plan.floats if keeps(name)),
         apart=tuple(path for path in plan.apart if keeps(path)),
         lent=tuple(each for each in plan.lent if keeps(each.scope)),
+        states=tuple(each for each in plan.states if keeps(each.path)),
     )
 
 

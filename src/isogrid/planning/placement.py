@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from isogrid.errors import FormatError, PlanError
 from isogrid.formats import Format, named_format
-from isogrid.layers.borrowed import TakenApart
 from isogrid.layers.weights import weight_key, weight_of
 from isogrid.planning.arguments import Arguments
 from isogrid.planning.chains import Chain, fused_additions, nonnegative
 from isogrid.planning.choice import NORM_WEIGHT, Choice, choose
+from isogrid.planning.exchange import apart_for
 from isogrid.planning.float_inputs import input_owners, input_sites
 from isogrid.planning.functions import function_plans, is_runtime_function
 from isogrid.planning.fused import fuse, fused_with, has_one_scale
@@ -30,6 +30,7 @@ from isogrid.planning.plan import Feed, LayerPlan, OperationPlan, Plan, Site
 from isogrid.planning.roles import Weight
 from isogrid.planning.routers import routers
 from isogrid.planning.rules import Rule, Scheme, unmatched_rule_error
+from isogrid.planning.states import PlannedStates, plan_states
 from isogrid.planning.stubs import outside_stubs
 from isogrid.planning.target import Target
 from isogrid.planning.watching import watched_scopes
@@ -46,6 +47,7 @@ class Placement:
         floats: what a rule or the target keeps in float, with the reason.
         halves: what computes in float16 instead, with the reason.
         functions: what the runtime computes in float by a rule of its own.
+        states: queries and caches of attention.
     """
 
     model: nn.Module
@@ -59,6 +61,7 @@ class Placement:
     floats: dict[str, str] = field(default_factory=dict)
     halves: dict[str, str] = field(default_factory=dict)
     functions: list[Call] = field(default_factory=list)
+    states: PlannedStates = field(default_factory=PlannedStates)
     _norms: set[str] = field(default_factory=set)
 
     def plan(self) -> Plan:
@@ -83,8 +86,9 @@ class Placement:
             self._decide((name for name in self.graph.by_name if name in self._norms), used, refused)
         if self.target.fused_layers:
             self.choices |= fuse(self.choices, self._fused, self._weight, self.target.name)
+        self.states = plan_states(self.model, self.graph, self.rules, self.target)
         for index, rule in enumerate(self.rules):
-            if index in used:
+            if index in used or index in self.states.used:
                 continue
             if index in refused:
                 raise PlanError(f"The rule for {rule.match!r} {refused[index]}.")
@@ -336,7 +340,7 @@ class Placement:
         chains: Mapping[str, Chain],
     ) -> Plan:
         halves = half_plans(self.halves, {path: tuple(self._weight(path).shape) for path in self.halves})
-        sites, layers = [*sites, *halves[0]], [*layers, *halves[1]]
+        sites, layers = [*sites, *halves[0], *self.states.sites], [*layers, *halves[1]]
         absorbed = {call.name for chain in chains.values() for call in (*chain.norms, *chain.clamps)}
         planned = {layer.path for layer in layers} | {f"{o.scope}.{o.site}".lstrip(".") for o in operations}
         lent = tuple(each for each in self.graph.lent if each.path in planned)
@@ -350,14 +354,11 @@ class Placement:
             scopes=watched_scopes(
                 self.graph, operations, chains, {each.scope for each in lent}, self.scheme.arithmetic == "static"
             ),
-            floats=self._float_rows(planned | absorbed),
+            floats=(*self._float_rows(planned | absorbed), *self.states.floats.items()),
+            states=tuple(self.states.plans),
             arguments=self.arguments,
             lent=lent,
-            apart=tuple(
-                path
-                for path, module in self.model.named_modules()
-                if isinstance(module, TakenApart) and any(name.startswith(f"{path}.") for name in planned)
-            ),
+            apart=apart_for(self.model, planned),
         )
 
     def _float_rows(self, quantized: set[str]) -> tuple[tuple[str, str], ...]:

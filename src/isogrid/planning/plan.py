@@ -21,7 +21,7 @@ class Site:
 
     Attributes:
         name: `conv1.weight`, `conv1.input`, `layer1.0.add.output`.
-        kind: weight, input or output.
+        kind: weight, input, output, or state: the queries of an attention layer, or the keys or values that it caches.
         format: name of the format.
         scale, estimator, range: how it trains; see `isogrid.Rule`.
         shape: of the weight; of one example for activations, batch included.
@@ -99,6 +99,27 @@ class OperationPlan:
 
 
 @dataclass(frozen=True)
+class StatePlan:
+    """What becomes of the queries of an attention layer, or of the keys or values that it caches.
+
+    Attributes:
+        path: of the layer.
+        kind: query_states, key_cache or value_cache; the site is `path.kind`.
+        rule: what the runtime does to them as they come, a key of `isogrid.layers.dynamic.ACTIVATION_RULES`; None where
+            the site's format says all.
+    """
+
+    path: str
+    kind: str
+    rule: str | None = None
+
+    @property
+    def site(self) -> str:
+        """The name of the site."""
+        return f"{self.path}.{self.kind}".lstrip(".")
+
+
+@dataclass(frozen=True)
 class Plan:
     """Every site of a model with its format and the reason, and all that stays float.
 
@@ -112,6 +133,7 @@ class Plan:
         arguments: of the model's forward.
         lent: products by parameters of a forward's own module, which children of it compute.
         apart: paths of modules of several products, such as nn.LSTM, that are taken apart into layers.
+        states: queries, and cached keys and values, of attention layers.
     """
 
     target: str
@@ -125,6 +147,7 @@ class Plan:
     arguments: Arguments = field(default_factory=Arguments)
     apart: tuple[str, ...] = field(default=())
     lent: tuple[Lent, ...] = field(default=())
+    states: tuple[StatePlan, ...] = field(default=())
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -195,6 +218,7 @@ class Plan:
                 apart=tuple(data["apart"]),
                 lent=tuple(Lent(each["scope"], each["name"], _product(each["product"])) for each in data["lent"]),
                 scopes={path: tuple(skipped) for path, skipped in data["scopes"].items()},
+                states=tuple(StatePlan(**each) for each in data["states"]),
                 floats=tuple((name, reason) for name, reason in data["floats"]),
                 arguments=Arguments.from_json(data["arguments"]),
             )

@@ -8,6 +8,7 @@ from torch import nn
 from isogrid.errors import NonFiniteError, PlanError
 from isogrid.formats import IntegerGrid, named_format
 from isogrid.layers.activation_sites import QuantizedActivation
+from isogrid.layers.attention_states import ATTRIBUTE, AttentionStates, RuleQuantizer, attach, cache_position
 from isogrid.layers.batch_norm import AbsorbedBatchNorm1d, AbsorbedBatchNorm2d, AbsorbedBatchNorm3d
 from isogrid.layers.borrowed import BorrowedLinear, QuantizedBorrowedLinear
 from isogrid.layers.convolution import (
@@ -164,8 +165,14 @@ class _Builder:
                 self._check_house(path)
         for layer in self.plan.layers:
             self._check_layer(layer)
+        for path in {state.path for state in self.plan.states}:
+            if cache_position(self._module(path)) is None or hasattr(self._module(path), ATTRIBUTE):
+                raise PlanError(f"The plan quantises the cache of {path!r}, which keeps none. Plan this model anew.")
+        rules = {state.site: state.rule for state in self.plan.states}
         for site in self.plan.sites:
-            quantizer = self.quantizers[site.name] = make_quantizer(site)
+            rule = rules.get(site.name)
+            ruled = None if rule is None else RuleQuantizer(activation_rule(rule))
+            quantizer = self.quantizers[site.name] = ruled or make_quantizer(site)
             if site.kind == "weight" and self.has_values:
                 weight = weight_at(self.model, self.plan, site.name)
                 quantizer.to(weight.device).fit(weight)
@@ -239,6 +246,15 @@ class _Builder:
             if len(scope.sites) and is_container(self._module(path)):
                 host, relative = self._house(path)
                 house_sites(self._module(host), relative, scope)
+
+        self._attach_states()
+
+    def _attach_states(self) -> None:
+        found: dict[str, dict[str, Quantizer]] = {}
+        for state in self.plan.states:
+            found.setdefault(state.path, {})[state.kind] = self.quantizers[state.site]
+        for path, kinds in found.items():
+            attach(self._module(path), AttentionStates(kinds))
 
     @staticmethod
     def _replace(
@@ -317,7 +333,7 @@ def make_quantizer(site: Site) -> Quantizer:
     rule: Any = site.scale
     return Quantizer(
         named_format(site.format),
-        site.shape if of_weight else (1,),
+        (1,) if site.kind in ("input", "output") else site.shape,
         range_from_name(site.range),
         estimator_from_name(site.estimator),
         rule,

@@ -297,6 +297,7 @@ def unmatched_rule_error(rule: Rule, graph: Graph) -> PlanError:
     """The error for a rule that matches nothing that could be quantised, with what it may have meant."""
     kinds = {*COMPUTING_KINDS, *JOINING_KINDS, "embedding"}
     known = [name for name, calls in graph.by_name.items() if calls[0].kind in kinds]
+    states = [call.name for call in graph.states]
     if any(rule.matches(name, "", "") for name in graph.uncalled):
         why = "matches only modules that the example inputs did not reach."
     elif found := [c for c in graph.calls if c.kind not in kinds and rule.matches(c.name, c.type, c.kind)]:
@@ -305,8 +306,9 @@ def unmatched_rule_error(rule: Rule, graph: Graph) -> PlanError:
     elif any(rule.matches(name, graph.by_name[name][0].type, graph.by_name[name][0].kind) for name in known):
         why = "matches only what earlier rules already match. The first rule that matches wins."
     else:
-        why = f"matches nothing.{nearest(rule.match, known)}"
-    return PlanError(f"The rule for {rule.match!r} {why} Layers and operations: {', '.join(known) or 'none'}.")
+        why = f"matches nothing.{nearest(rule.match, [*known, *states])}"
+    text = f"The rule for {rule.match!r} {why} Layers and operations: {', '.join(known) or 'none'}."
+    return PlanError(text + (f" Queries and caches of attention: {', '.join(states)}." if states else ""))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -1,10 +1,42 @@
 """What planning asks of a runtime; the rest of the protocol is in `isogrid.targets.runtime`."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from isogrid.formats import Format
 from isogrid.planning.graph import Call
 from isogrid.planning.rules import Scheme
+
+
+@dataclass(frozen=True)
+class StateChoice:
+    """How queries, cached keys or cached values of an attention layer are quantised.
+
+    Attributes:
+        call: the state, of kind query_states, key_cache or value_cache.
+        format: its name.
+        rule: what the runtime does in place of the format's own rounding, a key of
+            `isogrid.layers.dynamic.ACTIVATION_RULES`, or None.
+        reason: for the plan's table, where it is not a rule of the user's alone.
+    """
+
+    call: Call
+    format: str
+    rule: str | None = None
+    reason: str = ""
+
+
+class AttentionFormats(Protocol):
+    """What a runtime that keeps a cache can quantise in attention."""
+
+    def chosen(self, asked: Mapping[str, StateChoice], states: Sequence[Call]) -> Mapping[str, StateChoice]:
+        """What becomes of states, given what rules ask for, by name; raises TargetError where it cannot be done."""
+        ...
+
+    def why_float(self, call: Call) -> str:
+        """Why a state stays float, and what would change it."""
+        ...
 
 
 class Target(Protocol):
@@ -33,6 +65,11 @@ class Target(Protocol):
     @property
     def fused_layers(self) -> tuple[tuple[str, ...], ...]:
         """Layers that it computes as one where they are siblings, by the last parts of their names."""
+        ...
+
+    @property
+    def attention(self) -> AttentionFormats | None:
+        """What it can quantise of queries and of its cache; None where it keeps no cache."""
         ...
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

@@ -32,6 +32,7 @@ class Bitsandbytes:
     kernels = "float"
     float_endings: frozenset[str] = frozenset()
     fused_layers: tuple[tuple[str, ...], ...] = ()
+    attention = None
     fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

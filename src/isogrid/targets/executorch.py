@@ -48,6 +48,7 @@ class ExecuTorch:
     kernels = "xnnpack"
     float_endings: frozenset[str] = frozenset()
     fused_layers: tuple[tuple[str, ...], ...] = ()
+    attention = None
     fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

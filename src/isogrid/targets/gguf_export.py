@@ -22,10 +22,8 @@ from isogrid.targets.gguf_rotation import rotation_factors
 from isogrid.targets.gguf_tensors import Placed, placed
 from isogrid.targets.gguf_tokenizer import tokenizer_metadata
 from isogrid.targets.gguf_writing import Contents, float_tensors
+from isogrid.targets.llamacpp_cache import cache_options
 from isogrid.targets.llamacpp_model import LAYERS_KEY
-
-OPTIONS = {"type_k": "f32", "type_v": "f32", "flash_attn": "off"}
-"""How the file is run where it is held against what was trained: a cache in float16 rounds what nobody trained."""
 
 
 def write_gguf(model: nn.Module, plan: Plan, path: Path, tokenizer: Any, base: str | Path | None) -> Artifact:
@@ -37,7 +35,8 @@ def write_gguf(model: nn.Module, plan: Plan, path: Path, tokenizer: Any, base: s
     else:
         contents, tensors = replaced(model, base)
     contents.metadata |= {LAYERS_KEY: json.dumps(_layers(model, tensors)), "isogrid.scheme": plan.scheme}
-    artifact = Artifact(path, plan.target, OPTIONS, plan, versions_of("isogrid", "torch", "gguf"), sha256="")
+    versions = versions_of("isogrid", "torch", "gguf")
+    artifact = Artifact(path, plan.target, cache_options(plan), plan, versions, sha256="")
     return write_artifact(artifact, contents.write)
 
 

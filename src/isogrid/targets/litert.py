@@ -42,6 +42,7 @@ class LiteRT:
     kernels = "litert"
     float_endings: frozenset[str] = frozenset()
     fused_layers: tuple[tuple[str, ...], ...] = ()
+    attention = None
     fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

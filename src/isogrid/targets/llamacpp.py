@@ -12,7 +12,9 @@ from isogrid.formats.ggml import BITNET_WEIGHT, ggml_name
 from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
 from isogrid.planning.rules import SCHEMES, Scheme
+from isogrid.planning.target import AttentionFormats
 from isogrid.targets.artifact import Artifact, artifact_for
+from isogrid.targets.llamacpp_cache import CacheTypes
 from isogrid.targets.refusing import refuse_hadamard
 from isogrid.targets.runtime import LoadedModel
 
@@ -45,6 +47,7 @@ class LlamaCpp:
     kernels = "ggml"
     float_endings: frozenset[str] = frozenset()
     fused_layers: tuple[tuple[str, ...], ...] = ()
+    attention: AttentionFormats = CacheTypes()
     fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

@@ -18,11 +18,16 @@ from isogrid.layers.stored import StoredWeight
 from isogrid.targets.artifact import Artifact
 from isogrid.targets.gguf_base import float_values, open_gguf
 from isogrid.targets.gguf_tensors import FORMATS, TERNARY, RowOrder, in_one, unpacked
+from isogrid.targets.llamacpp_cache import attention_states
 from isogrid.targets.runtime import Observed, RuntimeOperator
 from isogrid.targets.subprocesses import Worker
 
 LAYERS_KEY = "isogrid.layers"
 """Metadata of a file: which layers of the model its tensors belong to, as JSON."""
+
+
+FLOAT_CACHE = {"type_k": "f32", "type_v": "f32", "flash_attn": "off"}
+"""What is asked of llama.cpp where nothing else was trained: its default, float16, rounds keys and values."""
 
 
 class Speed(NamedTuple):
@@ -38,16 +43,18 @@ class LlamaFile:
     Args:
         path: of the file.
         threads: 0 for as many as torch takes.
+        options: `type_k` and `type_v` of the cache and `flash_attn`, as llama.cpp's command line has them; a cache in
+            float32 without flash attention if not given.
 
     Raises:
         MissingExtraError: there is no llama-cpp-python.
         TargetError: llama.cpp cannot load the file.
     """
 
-    def __init__(self, path: str | Path, threads: int = 0):
+    def __init__(self, path: str | Path, threads: int = 0, options: Mapping[str, str] = FLOAT_CACHE):
         self.path = Path(path)
         self.worker = Worker("llamacpp")
-        facts = self.worker.call("load", path=str(self.path.resolve()), threads=threads).value
+        facts = self.worker.call("load", path=str(self.path.resolve()), threads=threads, options=dict(options)).value
         self.context, self.vocabulary = int(facts["context"]), int(facts["vocabulary"])
 
     def __call__(self, input_ids: Tensor) -> Tensor:
@@ -59,6 +66,11 @@ class LlamaFile:
         self._check(input_ids)
         answer = self.worker.call("run", {"tokens": input_ids.to(torch.int64)}, observe=observe)
         return answer.value, answer.tensors
+
+    def stepped(self, input_ids: Tensor) -> Tensor:
+        """Logits as by a call, but every token by itself behind those before it, which are in the cache."""
+        self._check(input_ids)
+        return self.worker.call("step", {"tokens": input_ids.to(torch.int64)}).tensors["logits"]
 
     def tokens_per_second(self, input_ids: Tensor, generated: int = 32, runs: int = 3) -> Speed:
         """How fast it is with llama.cpp's defaults, the best of some runs.
@@ -101,7 +113,7 @@ class LlamaCppModel:
 
     def __init__(self, artifact: Artifact, threads: int = 0):
         self.artifact = artifact
-        self.file = LlamaFile(artifact.path, threads)
+        self.file = LlamaFile(artifact.path, threads, artifact.session_options)
         self.input_names = ["input_ids"]
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
@@ -119,7 +131,7 @@ class LlamaCppModel:
                 ends = tensors[f"{number}.input"], tensors[f"{number}.output"], tensors.get(f"{number}.experts")
                 x, y = self._arranged(product["weight"], tokens.shape, *ends)
                 layers[layer] = x, y + layers[layer][1] if layer in layers else y
-        return Observed([tensors["logits"]], {}, layers)
+        return Observed([tensors["logits"]], {}, layers, states=attention_states(self.artifact, tensors))
 
     def _arranged(
         self, weight: str, shape: torch.Size, input: Tensor, output: Tensor, experts: Tensor | None

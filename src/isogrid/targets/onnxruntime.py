@@ -48,6 +48,7 @@ class OnnxRuntime:
     kernels = "onnxruntime"
     float_endings = frozenset({"linear", "matmul"})
     fused_layers: tuple[tuple[str, ...], ...] = ()
+    attention = None
     fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

@@ -43,6 +43,7 @@ class OpenVino:
     kernels = "openvino"
     float_endings = frozenset({"linear"})
     fused_layers: tuple[tuple[str, ...], ...] = ()
+    attention = None
     fuses_additions = True
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

@@ -1,5 +1,6 @@
 """PyTorch itself: schemes that no runtime has kernels for, computed by `isogrid.convert(model)`."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,7 +11,20 @@ from isogrid.formats import Format, named_format
 from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
 from isogrid.planning.rules import Scheme
+from isogrid.planning.target import AttentionFormats, StateChoice
 from isogrid.targets.artifact import Artifact
+
+
+class AnyStates:
+    """Queries, keys and values in any format: what PyTorch's caches hold are tensors like others."""
+
+    def chosen(self, asked: Mapping[str, StateChoice], states: Sequence[Call]) -> Mapping[str, StateChoice]:
+        """What was asked for."""
+        return asked
+
+    def why_float(self, call: Call) -> str:
+        """No rule names it."""
+        return f"no rule names it; match={call.kind!r} with activation= quantises it"
 
 
 class PyTorch:
@@ -24,6 +38,7 @@ class PyTorch:
     kernels = "float"
     float_endings: frozenset[str] = frozenset()
     fused_layers: tuple[tuple[str, ...], ...] = ()
+    attention: AttentionFormats = AnyStates()
     fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

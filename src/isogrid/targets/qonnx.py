@@ -30,6 +30,7 @@ class Qonnx:
     kernels = "qonnx"
     float_endings = frozenset({"linear"})
     fused_layers: tuple[tuple[str, ...], ...] = ()
+    attention = None
     fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

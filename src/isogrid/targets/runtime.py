@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -36,12 +37,15 @@ class Observed(NamedTuple):
         layers: input and output of every layer with packed weights and float activations, by the layer's name.
         watched: the model's outputs in the run that put out the codes, where a runtime may fuse otherwise then; None
             where it does not.
+        states: queries, keys and values [batch, heads, tokens, size] as attention read them, where the runtime has
+            rounded them as they came, by the name of what does so in the reference.
     """
 
     outputs: list[Tensor]
     codes: dict[str, Tensor]
     layers: dict[str, tuple[Tensor, Tensor]]
     watched: list[Tensor] | None = None
+    states: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class LoadedModel(Protocol):

@@ -52,6 +52,7 @@ class TensorRt:
     kernels = "tensorrt"
     float_endings = frozenset({"linear", "convolution"})
     fused_layers: tuple[tuple[str, ...], ...] = ()
+    attention = None
     fuses_additions = True
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

@@ -43,6 +43,7 @@ class TorchExport:
     # An ending in float would agree to a rounding only, an ending in codes agrees.
     float_endings: frozenset[str] = frozenset()
     fused_layers: tuple[tuple[str, ...], ...] = ()
+    attention = None
     fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:

@@ -12,9 +12,11 @@ from isogrid.planning.fused import NVFP4
 from isogrid.planning.graph import Call
 from isogrid.planning.plan import Plan
 from isogrid.planning.rules import SCHEMES, Scheme
+from isogrid.planning.target import AttentionFormats
 from isogrid.targets.artifact import Artifact, artifact_for
 from isogrid.targets.checkpoints.writing import write_checkpoint
 from isogrid.targets.compressed_tensors.checkpoint import CompressedModel
+from isogrid.targets.compressed_tensors.states import CheckpointStates, scale_tensors
 from isogrid.targets.compressed_tensors.writing import configured, packed_tensors
 from isogrid.targets.refusing import refuse_hadamard
 
@@ -60,6 +62,7 @@ class Vllm:
     kernels = "float"
     float_endings: frozenset[str] = frozenset()
     fused_layers: tuple[tuple[str, ...], ...] = FUSED
+    attention: AttentionFormats = CheckpointStates()
     fuses_additions = False
 
     def scheme_for(self, scheme: Scheme) -> Scheme:
@@ -120,7 +123,7 @@ class Vllm:
         Raises:
             TargetError: the model is none of transformers, or nothing in it is quantised.
         """
-        return write_checkpoint(integer_model, plan, path, packed_tensors, configured)
+        return write_checkpoint(integer_model, plan, path, packed_tensors, configured, scale_tensors)
 
     def load(self, path: str | Path | Artifact, threads: int = 0) -> CompressedModel:
         """The checkpoint in transformers, which computes by the package compressed-tensors.

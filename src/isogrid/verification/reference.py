@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from isogrid.layers.attention_states import DynamicState
 from isogrid.layers.half import HalfLayer
 from isogrid.layers.integer import IntegerLayer, PackedLinear, uncounted
 from isogrid.layers.matmul import IntegerMatmul
@@ -61,6 +62,10 @@ class View:
         """At the output of a packed layer, which was made of x; the run goes on with the values returned."""
         return y
 
+    def state(self, name: str, module: DynamicState, y: Tensor) -> Tensor:
+        """At queries, keys or values that were quantised as they came; the run goes on with the values returned."""
+        return y
+
 
 @contextmanager
 def viewed(reference: nn.Module, view: View) -> Iterator[None]:
@@ -97,6 +102,10 @@ def viewed(reference: nn.Module, view: View) -> Iterator[None]:
         with uncounted():
             return view.leaving(layers[-1], module, x, y)
 
+    def state(path: str, module: DynamicState, args: Any, output: Tensor) -> Tensor:
+        with uncounted():
+            return view.state(path, module, output)
+
     def watch(name: str, codes: Tensor) -> Tensor:
         count = calls[name.rpartition(".")[0]]
         source = sources.last if sources.codes is codes else None
@@ -106,6 +115,8 @@ def viewed(reference: nn.Module, view: View) -> Iterator[None]:
         for path, module in reference.named_modules():
             stack.callback(module.register_forward_pre_hook(partial(enter, path)).remove)
             stack.callback(module.register_forward_hook(leave).remove)
+            if isinstance(module, DynamicState):
+                stack.callback(module.register_forward_hook(partial(state, path)).remove)
             if isinstance(module, IntegerOwnForward):
                 module.__dict__["around"] = partial(around, module)
                 stack.callback(module.__dict__.pop, "around")

@@ -103,12 +103,13 @@ class _Verification:
 
     def _observed(self, inputs: tuple[Any, ...], noted: Mapping[str, Tensor]) -> Observed:
         """What the runtime computes, under the reference's names and in its shapes."""
-        outputs, codes, layers, watched = self.loaded.observe(*inputs)
+        outputs, codes, layers, watched, states = self.loaded.observe(*inputs)
         named = self.paths.tensors(codes)
         for name in named.keys() & noted.keys():
             if named[name].numel() == noted[name].numel():  # a file may have the rows of a Linear before their shape
                 named[name] = named[name].reshape(noted[name].shape)
-        return Observed(outputs, named, dict(zip(self.paths.calls(layers), layers.values(), strict=True)), watched)
+        by_call = dict(zip(self.paths.calls(layers), layers.values(), strict=True))
+        return Observed(outputs, named, by_call, watched, states)
 
     def _begin(self, inputs: tuple[Any, ...]) -> None:
         self.first = inputs
@@ -152,7 +153,8 @@ class _Verification:
         seen = self.sites.keys() | again | {site_of(name) for name in self.survey.constants}
         # What a float product rounds as it reads it has a scale in the file, and codes nowhere.
         seen |= {layer.input.grid for layer in self.plan.layers if layer.input and layer.arithmetic == "float"}
-        return [site.name for site in self.plan.sites if site.kind != "weight" and site.name not in seen]
+        # Caches hold codes that graphs do not name: their scales are compared, or what the runtime read of them.
+        return [s.name for s in self.plan.sites if s.kind not in ("weight", "state") and s.name not in seen]
 
     def _unread(self) -> set[str]:
         """Sites that no output depends on, in any call."""

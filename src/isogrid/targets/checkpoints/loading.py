@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from isogrid.errors import ArtifactError, MissingExtraError, TargetError
 from isogrid.formats import Format, Quantized, named_format
+from isogrid.layers.attention_states import ATTRIBUTE
 from isogrid.layers.stored import parts_of
-from isogrid.planning.plan import LayerPlan
+from isogrid.planning.plan import LayerPlan, StatePlan
 from isogrid.planning.values import tensors_in
 from isogrid.targets.artifact import Artifact
 from isogrid.targets.checkpoints.rows import STACKS, Rows, assembled, converted, weight_name
@@ -131,7 +132,17 @@ class CheckpointModel(ABC):
             if all("bias" in own for _, own in tensors):
                 order = torch.cat([rows for rows, _ in tensors]).argsort()
                 found[f"{layer.path}.bias"] = torch.cat([own["bias"] for _, own in tensors])[order]
+        files = self.tensors() if self.artifact.plan.states else {}
+        for state in self.artifact.plan.states:
+            name = self.state_name(state)
+            if name not in files:
+                raise ArtifactError(f"{self.artifact.path} has no {name}. Copy it anew, or export again.")
+            found[f"{state.path}.{ATTRIBUTE}.{state.kind}.scale"] = files[name].float()
         return found
+
+    def state_name(self, state: StatePlan) -> str:
+        """What the scale of queries, keys or values is called in files."""
+        raise NotImplementedError(f"{type(self).__name__} has no cache.")
 
     def quantized(self) -> dict[str, Quantized]:
         """The weight of each quantised layer by its path, as it is stored; see `stored` for errors."""

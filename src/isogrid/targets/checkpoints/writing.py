@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.errors import TargetError
+from isogrid.layers.attention_states import StoredStates
 from isogrid.layers.experts import StoredExperts
 from isogrid.layers.stored import StoredLinear
 from isogrid.planning.plan import Plan
@@ -25,10 +26,22 @@ Pack = Callable[[StoredLinear, Tensor, torch.dtype], Mapping[str, Tensor]]
 """The tensors of some rows of a layer, by their names within it, for a model of a dtype."""
 Configure = Callable[[nn.Module, Layers, Rows], Any]
 """The `quantization_config` of a model, given its quantised layers and which rows of them lie where."""
+States = Callable[[nn.Module, torch.dtype], Mapping[str, Tensor]]
+"""The tensors of a model's key-value cache by their names, for a dtype."""
+
+
+def no_states(model: nn.Module, dtype: torch.dtype) -> Mapping[str, Tensor]:
+    """None, where the cache is float."""
+    return {}
 
 
 def write_checkpoint(
-    integer_model: nn.Module, plan: Plan, path: str | Path, pack: Pack, configure: Configure
+    integer_model: nn.Module,
+    plan: Plan,
+    path: str | Path,
+    pack: Pack,
+    configure: Configure,
+    states: States = no_states,
 ) -> Artifact:
     """Write config.json, safetensors and the sidecar; the folder appears whole or not at all.
 
@@ -45,7 +58,7 @@ def write_checkpoint(
     stored = {name: module for name, module in integer_model.named_modules() if isinstance(module, StoredLinear)}
     if not stored:
         raise TargetError(f"Nothing in this model is quantised, so there is nothing to write for {plan.target}.")
-    tensors, rows = checkpoint_tensors(integer_model, stored, pack)
+    tensors, rows = checkpoint_tensors(integer_model, stored, pack, states)
     config = {**model.config.to_dict(), "architectures": [type(integer_model).__name__]}
     config["quantization_config"] = configure(integer_model, stored, rows)
 
@@ -64,9 +77,12 @@ def write_checkpoint(
     return write_folder(Artifact(Path(path), plan.target, {}, plan, versions, ""), write)
 
 
-def checkpoint_tensors(model: nn.Module, stored: Layers, pack: Pack) -> tuple[dict[str, Tensor], Rows]:
+def checkpoint_tensors(
+    model: nn.Module, stored: Layers, pack: Pack, states: States = no_states
+) -> tuple[dict[str, Tensor], Rows]:
     """All tensors of a checkpoint by their names on disk, and which rows of which weight lie where."""
-    inside = tuple(f"{path}." for path in stored)
+    caches = [name for name, module in model.named_modules() if isinstance(module, StoredStates)]
+    inside = tuple(f"{path}." for path in (*stored, *caches))
     plain: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
     for name, tensor in model.state_dict().items():
@@ -85,6 +101,7 @@ def checkpoint_tensors(model: nn.Module, stored: Layers, pack: Pack) -> tuple[di
         module = sources[source]
         for name, tensor in pack(module, rows, dtype).items():
             tensors[f"{prefix}.{name}"] = tensor
+    tensors |= states(model, dtype)
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, on_disk.rows
 
 

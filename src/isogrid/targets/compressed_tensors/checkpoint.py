@@ -8,10 +8,11 @@ from torch import Tensor
 
 from isogrid.errors import ArtifactError, TargetError
 from isogrid.formats import Format, Quantized, named_format
-from isogrid.planning.plan import LayerPlan, Plan
+from isogrid.planning.plan import LayerPlan, Plan, StatePlan
 from isogrid.targets.checkpoints.loading import CheckpointModel, inside, is_stack
 from isogrid.targets.compressed_tensors.config import weight_arguments
 from isogrid.targets.compressed_tensors.packing import layout_of
+from isogrid.targets.compressed_tensors.states import NAMES
 
 
 class CompressedModel(CheckpointModel):
@@ -28,6 +29,11 @@ class CompressedModel(CheckpointModel):
         Raises:
             TargetError: transformers computes experts otherwise than vLLM does, or does not load the files.
         """
+        if _leaves_cache_out(self.artifact.plan):
+            raise TargetError(
+                f"transformers cannot show what {self.artifact.path} computes: it makes no room for packed zero points "
+                "or for the scales of experts beside a quantised key-value cache."
+            )
         if not _is_decompressed_first(self.artifact.plan):
             return super().model
         options = {"config": self.float_config(), "state_dict": self._decompressed(), "dtype": self._config.dtype}
@@ -60,6 +66,9 @@ class CompressedModel(CheckpointModel):
             state[f"{prefix}.weight"] = compressor.decompress(own, scheme)["weight"]
         return state
 
+    def state_name(self, state: StatePlan) -> str:
+        return f"{state.path}.{NAMES[state.kind]}"
+
     def unpack(self, layer: LayerPlan, fmt: Format, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Quantized:
         layout = layout_of(fmt, layer.activation_rule is not None or layer.input is not None)
         return layout.unpack(tensors, fmt, shape)
@@ -72,7 +81,8 @@ def _decompresses_at_once(plan: Plan) -> bool:
     that look at their weights while these are loaded find none.
     """
     formats = {plan.site(layer.weight).format for layer in plan.layers}
-    return len(formats) == 1 and all(layer.arithmetic == "weight_only" for layer in plan.layers)
+    # Decompressed so, a model has no key-value cache to quantise: compressed-tensors prepares none.
+    return not plan.states and len(formats) == 1 and all(layer.arithmetic == "weight_only" for layer in plan.layers)
 
 
 def _is_decompressed_first(plan: Plan) -> bool:
@@ -88,6 +98,13 @@ def _is_decompressed_first(plan: Plan) -> bool:
     several = len(set(map(str, formats.values()))) > 1
     floats = all(layer.arithmetic == "weight_only" for layer in plan.layers)
     return floats and (unread or (several and zero_points))
+
+
+def _leaves_cache_out(plan: Plan) -> bool:
+    """Whether weights have to be decompressed before or while they are read, so that no cache would be quantised."""
+    formats = (named_format(plan.site(layer.weight).format) for layer in plan.layers)
+    has_zero_points = any(fmt.zero_point is not None for fmt in formats)
+    return bool(plan.states) and (has_zero_points or _is_decompressed_first(plan))
 
 
 def stacks(plan: Plan) -> list[LayerPlan]:

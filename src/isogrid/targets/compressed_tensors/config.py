@@ -50,12 +50,20 @@ class Storage:
         }
 
 
-def quantization_config(layers: Mapping[str, Storage], experts: Mapping[str, Storage], ignore: list[str]) -> Any:
+def quantization_config(
+    layers: Mapping[str, Storage],
+    experts: Mapping[str, Storage],
+    ignore: list[str],
+    cache: dict[str, Any] | None = None,
+    attention: dict[str, Any] | None = None,
+) -> Any:
     """The dictionary that goes into config.json.
 
     Args:
         layers, experts: what is quantised, by path.
         ignore: paths of linear layers that are not.
+        cache: arguments of the key-value cache, or None.
+        attention: the group of attention layers whose queries are quantised, or None.
 
     Raises:
         TargetError: experts are stored in several ways, which transformers cannot tell apart.
@@ -71,13 +79,15 @@ def quantization_config(layers: Mapping[str, Storage], experts: Mapping[str, Sto
         names += [EXPERTS] if kind in experts.values() else []
     targets = [["Linear"]] if len(kinds) == 1 else targets
     layouts = {kind.layout for kind in kinds}
+    groups = [kind.group(own) for kind, own in zip(kinds, targets, strict=True)]
+    groups += [] if attention is None else [attention]
     return {
         "quant_method": "compressed-tensors",
         "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": {f"group_{n}": kind.group(t) for n, (kind, t) in enumerate(zip(kinds, targets, strict=True))},
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "ignore": ignore,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": cache,
         "global_compression_ratio": None,
         "sparsity_config": {},
         "transform_config": {},

@@ -13,6 +13,7 @@ from isogrid.targets.checkpoints.rows import Rows, take_rows
 from isogrid.targets.checkpoints.writing import Layers, float_linears
 from isogrid.targets.compressed_tensors.config import Storage, quantization_config
 from isogrid.targets.compressed_tensors.packing import LAYOUTS, PACKED
+from isogrid.targets.compressed_tensors.states import attention_group, cache_arguments
 
 
 def packed_tensors(module: StoredLinear, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -63,4 +64,4 @@ def configured(model: nn.Module, stored: Layers, rows: Rows) -> Any:
         else:
             for name in dict.fromkeys((path, *disk[f"{path}.weight"])):
                 layers[name] = storage_of(module)
-    return quantization_config(layers, experts, float_linears(model))
+    return quantization_config(layers, experts, float_linears(model), cache_arguments(model), attention_group(model))

@@ -9,8 +9,8 @@ import torch
 from llama_cpp import _ggml, llama_cpp
 
 PRODUCTS = ("MUL_MAT", "MUL_MAT_ID")
-FLOAT32 = 0
-"""ggml's number of the type, for the key-value cache: its default, float16, rounds what nobody trained."""
+TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8}
+"""ggml's numbers of the types that a key-value cache may have."""
 
 _library = _ggml.libggml
 _library.ggml_op_desc.restype = ctypes.c_char_p
@@ -40,20 +40,42 @@ _Tensor._fields_ = [
 
 
 class _Watch:
-    """The evaluation callback: remembers every product of the graph, and where asked the data of those by weights."""
+    """The evaluation callback: remembers every product of the graph.
+
+    Where asked also the data of products by weights, and of flash attention and what was written for it into the cache.
+    """
 
     def __init__(self, copies: bool) -> None:
         self.copies = copies
         self.products: list[dict[str, Any]] = []
         self.tensors: dict[str, torch.Tensor] = {}
+        self.written: dict[int, torch.Tensor] = {}
+        self.attentions = 0
         self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._called)
 
     def _called(self, address: int, asking: bool, _: Any) -> bool:
-        if _library.ggml_op_desc(address).decode() not in PRODUCTS:
+        kind = _library.ggml_op_desc(address).decode()
+        if kind not in PRODUCTS and not (self.copies and kind in ("SET_ROWS", "FLASH_ATTN_EXT")):
             return not asking  # False to the question: no interest; True to the answer: go on
         if not asking:
-            self._computed(ctypes.cast(address, ctypes.POINTER(_Tensor)).contents, address)
+            node = ctypes.cast(address, ctypes.POINTER(_Tensor)).contents
+            if kind in PRODUCTS:
+                self._computed(node, address)
+            elif kind == "SET_ROWS":
+                self.written[_place(node)] = _copy(node.src[0].contents)
+            else:
+                self._attended(node)
         return True
+
+    def _attended(self, result: _Tensor) -> None:
+        query, key, value = (result.src[place].contents for place in range(3))
+        length = query.ne[1]
+        scale = torch.tensor(list(result.op_params)[:1], dtype=torch.int32).view(torch.float32)
+        found = {"query": _copy(query), "output": _copy(result), "scale": scale}
+        for name, part in (("key", key), ("value", value)):
+            found |= {name: _bytes(part)[:, :length], f"written_{name}": self.written[_place(part)]}
+        self.tensors |= {f"attention{self.attentions}.{name}": tensor[None] for name, tensor in found.items()}
+        self.attentions += 1
 
     def _computed(self, result: _Tensor, address: int) -> None:
         weight, values = result.src[0].contents, result.src[1].contents
@@ -72,6 +94,21 @@ class _Watch:
                 self.tensors[f"{number}.experts"] = _copy(result.src[2].contents, ctypes.c_int32)
 
 
+def _place(tensor: _Tensor) -> int:
+    """The address of the tensor that this one is a view of."""
+    return ctypes.cast(tensor.view_src, ctypes.c_void_p).value or 0
+
+
+def _bytes(tensor: _Tensor) -> torch.Tensor:
+    """The rows of a tensor of any type, uint8 [..., rows, bytes]."""
+    _library.ggml_row_size.restype = ctypes.c_size_t
+    size = _library.ggml_row_size(ctypes.c_int(tensor.type), ctypes.c_int64(tensor.ne[0]))
+    shape, strides = (*tuple(tensor.ne)[:0:-1], size), (*tuple(tensor.nb)[:0:-1], 1)
+    length = sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True)) + 1
+    flat = np.ctypeslib.as_array(ctypes.cast(tensor.data, ctypes.POINTER(ctypes.c_uint8)), (length,))
+    return torch.from_numpy(np.lib.stride_tricks.as_strided(flat, shape, strides).copy()).flatten(0, -3)
+
+
 def _copy(tensor: _Tensor, element: Any = ctypes.c_float) -> torch.Tensor:
     """A tensor of 4-byte elements, its dimensions in torch's order, without the leading ones."""
     shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
@@ -88,15 +125,19 @@ class _Loaded:
 
     model: Any = None
     threads = 0
+    options: dict[str, str]
 
 
-def load(tensors: dict[str, torch.Tensor], path: str, threads: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def load(
+    tensors: dict[str, torch.Tensor], path: str, threads: int, options: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Load a GGUF file, in place of the one before.
 
     Args:
         tensors: none.
         path: of the file.
         threads: 0 for as many as torch takes: more threads than free cores wait for one another.
+        options: of contexts: `type_k` and `type_v`, which are among `TYPES`, and `flash_attn`, on or off.
 
     Returns:
         The length of its context, the size of its vocabulary, and the version of llama-cpp-python.
@@ -111,7 +152,7 @@ def load(tensors: dict[str, torch.Tensor], path: str, threads: int) -> tuple[dic
     model = llama_cpp.llama_model_load_from_file(path.encode(), parameters)
     if not model:
         raise ValueError(f"llama.cpp cannot load {path}")
-    _Loaded.model, _Loaded.threads = model, threads or torch.get_num_threads()
+    _Loaded.model, _Loaded.threads, _Loaded.options = model, threads or torch.get_num_threads(), options
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     facts = {"context": llama_cpp.llama_model_n_ctx_train(model), "vocabulary": vocabulary}
     return {**facts, "version": package.__version__}, {}
@@ -122,8 +163,8 @@ def _context(tokens: int, watch: _Watch | None = None, exact: bool = True) -> An
     parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = tokens
     parameters.n_seq_max = 1
     if exact:
-        parameters.type_k = parameters.type_v = FLOAT32
-        parameters.flash_attn_type = 0
+        parameters.type_k, parameters.type_v = (TYPES[_Loaded.options[name]] for name in ("type_k", "type_v"))
+        parameters.flash_attn_type = int(_Loaded.options["flash_attn"] == "on")
         parameters.swa_full = True
     parameters.n_threads = parameters.n_threads_batch = _Loaded.threads
     if watch is not None:
@@ -150,7 +191,7 @@ def _decode(context: Any, row: list[int], start: int, all_logits: bool) -> None:
 
 
 def run(tensors: dict[str, torch.Tensor], observe: bool) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """Every row of tokens by itself, from an empty cache, the context in float32 and without flash attention.
+    """Every row of tokens by itself, from an empty cache.
 
     Args:
         tensors: `tokens`, int64 [rows, length].
@@ -159,7 +200,10 @@ def run(tensors: dict[str, torch.Tensor], observe: bool) -> tuple[list[dict[str,
     Returns:
         The products of the graph, in order: the weight's name, empty for others, the operator and the weight's type;
         `logits`, float32 [rows, length, vocabulary]; for product n `n.input` and `n.output` [rows * length, features],
-        and for those of experts `n.experts`, the ones chosen [rows * length, experts].
+        and for those of experts `n.experts`, the ones chosen [rows * length, experts]; for flash attention of layer n
+        `attention{n}.query` [rows, heads, length, size], `.key` and `.value`, the cache as it is stored, uint8
+        [rows, heads, length, bytes], `.written_key` and `.written_value`, what was written into it, float32
+        [rows, length, heads * size], `.scale` of the scores [rows, 1], and `.output` [rows, length, heads, size].
     """
     rows = tensors["tokens"]
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(_Loaded.model))
@@ -173,11 +217,29 @@ def run(tensors: dict[str, torch.Tensor], observe: bool) -> tuple[list[dict[str,
             values = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (len(row), vocabulary))
             logits.append(torch.from_numpy(values.copy()))
             watches.append((watch.products, watch.tensors))
-            watch.products, watch.tensors = [], {}
+            watch.products, watch.tensors, watch.attentions = [], {}, 0
     finally:
         llama_cpp.llama_free(context)
     joined = {name: torch.cat([found[name] for _, found in watches]) for name in watches[0][1]}
     return watches[0][0], {"logits": torch.stack(logits), **joined}
+
+
+def step(tensors: dict[str, torch.Tensor]) -> tuple[None, dict[str, torch.Tensor]]:
+    """The `logits` float32 [rows, length, vocabulary] of `tokens` int64 [rows, length], decoded one by one."""
+    rows = tensors["tokens"]
+    vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(_Loaded.model))
+    logits = torch.empty(*rows.shape, vocabulary)
+    context = _context(rows.shape[1])
+    try:
+        for number, row in enumerate(rows.tolist()):
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+            for place, token in enumerate(row):
+                _decode(context, [token], place, all_logits=True)
+                values = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (vocabulary,))
+                logits[number, place] = torch.from_numpy(values.copy())
+    finally:
+        llama_cpp.llama_free(context)
+    return None, {"logits": logits}
 
 
 def products(tensors: dict[str, torch.Tensor]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:

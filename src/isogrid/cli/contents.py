@@ -17,6 +17,7 @@ from isogrid.cli.operators import onnx_contents, operators_table
 from isogrid.cli.pictures import histogram
 from isogrid.errors import CheckpointError, IsogridError, MissingExtraError, PlanError, TargetError
 from isogrid.formats import IntegerGrid, named_format
+from isogrid.layers.attention_states import ATTRIBUTE
 from isogrid.planning.plan import Plan, Site
 from isogrid.recipes.folders import RunFolder
 from isogrid.report import words
@@ -48,6 +49,8 @@ def contents_of(path: Path) -> Contents:
     Raises:
         IsogridError: it does not exist, is corrupt, or is neither one of Isogrid's nor an ONNX file.
     """
+    if path.is_dir() and sidecar_path(path).is_file():
+        return _of_artifact(read_artifact(path))
     if path.is_dir():
         folder = path if (path / MANIFEST).is_file() else RunFolder(path).checkpoint
         if not (folder / MANIFEST).is_file():
@@ -87,7 +90,10 @@ def _of_checkpoint(folder: Path) -> Contents:
         f"{words.plural(step, 'step')} of the schedule done, {words.size(file.stat().st_size)} of tensors"
         + (", with the optimizer's state" if "optimizer" in manifest else ""),
     )
-    return Contents(facts, (*plan.tables(), *_weights_tables(plan, dict(_codes_of_tensors(plan, tensors)))))
+    names = {state.site: f"{state.path}.{ATTRIBUTE}.{state.kind}.raw_scale" for state in plan.states}
+    scales = {site: tensors[name] for site, name in names.items() if name in tensors}
+    weights = _weights_tables(plan, dict(_codes_of_tensors(plan, tensors)))
+    return Contents(facts, (*plan.tables(), *_states_tables(plan, scales), *weights))
 
 
 def _codes_of_tensors(plan: Plan, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -119,9 +125,7 @@ def _weights_tables(plan: Plan, weights: dict[str, Tensor]) -> list[Table]:
             codes, fmt = weights[site.name], named_format(site.format)
             zeros = f"{words.percent(float((codes == 0).float().mean()))} %"
             bits = f"{fmt.bits_per_value(site.shape):.3g}"
-            table.add_row(
-                site.name, words.shape(site.shape), site.format, bits, zeros, histogram(codes, *_ends(site))
-            )
+            table.add_row(site.name, words.shape(site.shape), site.format, bits, zeros, histogram(codes, *_ends(site)))
     return [table] if table.row_count else []
 
 
@@ -141,18 +145,44 @@ def _of_artifact(artifact: Artifact) -> Contents:
         f"written by {versions}",
         "session options: " + (", ".join(f"{k}={v}" for k, v in artifact.session_options.items()) or "none"),
     )
-    with artifact.path.open("rb") as file:
-        is_onnx = file.read(1) == ONNX_BEGINS
+    is_onnx = not artifact.path.is_dir() and _first_byte(artifact.path) == ONNX_BEGINS
     stored = weight_codes(onnx.load(artifact.path)) if is_onnx else {}
     codes = {name: tensor for name, tensor in stored.items() if name in _weights_of(plan)}
     notes: tuple[str, ...] = ()
+    scales: dict[str, Tensor] = {}
     try:
         loaded = target_from_name(artifact.target).load(artifact)
         operators = [operators_table(artifact.target, loaded.multiplications(), plan)]
-        codes = codes or {name: tensor for name, tensor in loaded.stored().items() if name in _weights_of(plan)}
+        inside = loaded.stored() if plan.states or not codes else {}
+        codes = codes or {name: tensor for name, tensor in inside.items() if name in _weights_of(plan)}
+        names = {state.site: f"{state.path}.{ATTRIBUTE}.{state.kind}.scale" for state in plan.states}
+        scales = {site: inside[name] for site, name in names.items() if name in inside}
     except (MissingExtraError, TargetError) as error:
         operators, notes = [], (f"what {artifact.target} runs cannot be shown: {error}",)
-    return Contents((*facts, *notes), (*plan.tables(), *operators, *_weights_tables(plan, codes)))
+    tables = (*plan.tables(), *operators, *_states_tables(plan, scales), *_weights_tables(plan, codes))
+    return Contents((*facts, *notes), tables)
+
+
+def _first_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(1)
+
+
+def _states_tables(plan: Plan, scales: dict[str, Tensor]) -> list[Table]:
+    """Queries and the key-value cache with their scales; no table where all of it is float.
+
+    Args:
+        plan: of the model.
+        scales: by site, of those that have one for all tokens.
+    """
+    table = Table(title="Queries and key-value cache", title_justify="left")
+    for column in ("site", "format", "scale"):
+        table.add_column(column, overflow="fold")
+    for state in plan.states:
+        values = scales[state.site].flatten().tolist() if state.site in scales else []
+        shown = ", ".join(f"{value:.4g}" for value in values) or f"as they come: {state.rule or 'absmax'}"
+        table.add_row(state.site, plan.site(state.site).format, shown)
+    return [table] if table.row_count else []
 
 
 def _weights_of(plan: Plan) -> set[str]:

@@ -174,6 +174,17 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
         run(recipe(tmp_path, RECIPE.replace(":data", ":diverging_data")))
 
 
+def test_other_trackers_get_the_same_figures(tmp_path: Path, no_export: None, whole: Path) -> None:
+    run(recipe(tmp_path / "run", RECIPE.replace("  steps", "  trackers: [tensorboard]\n  steps")))
+    (folder,) = (path.parent for path in (tmp_path / "run" / "isogrid").glob("events.*"))
+    events = EventAccumulator(str(folder)).Reload()
+    for name in ("loss", "sqnr_db/0", "flips_per_step/4"):
+        assert [(event.step, event.value) for event in events.Scalars(name)] == scalars(whole, name)
+    for name, message in (("tensorbored", "is no tracker of Accelerate"), ("comet_ml", "is not installed")):
+        with pytest.raises(RecipeError, match=message):
+            run(recipe(tmp_path / name, RECIPE.replace("  steps", f"  trackers: [{name}]\n  steps")))
+
+
 def test_a_truncated_checkpoint_is_named(tmp_path: Path, no_export: None) -> None:
     run(recipe(tmp_path))
     file = next((tmp_path / "checkpoint").glob("model-*.safetensors"))

@@ -78,6 +78,19 @@ def test_a_teacher_may_rest_elsewhere_in_eight_bits_and_come_from_weights(x: tor
         ig.teacher(model, weights={**weights, "0.bias": torch.zeros(2)})
 
 
+def test_with_adapters_the_teacher_keeps_the_adapters() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 32)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+    expected = model(x).detach()
+    prepared(model, x, "w4a16")
+    ig.add_adapters(model, 4)
+    guide = ig.teacher(model)
+    trained(model, guide, x)
+    assert torch.equal(guide(x), expected)
+    assert guide.kept_bytes == sum(4 * p.numel() for name, p in model.named_parameters() if ".adapters." in name)
+
+
 def test_another_model_teaches_in_evaluation_mode_without_gradients(x: torch.Tensor) -> None:
     other = tiny_model().train()
     guide = ig.teacher(other)

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,7 +49,31 @@ def make_accelerator(recipe: Recipe) -> "Accelerator":
             num_steps=settings.accumulation, sync_with_dataloader=False
         ),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=partial)],
+        log_with=_trackers(settings.trackers),
+        project_dir=recipe.output,
     )
+
+
+def _trackers(names: Sequence[str]) -> list[str] | None:
+    """Trackers by their names; raises RecipeError for one that Accelerate does not know or that is not installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    installed = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in installed:
+            known = name in LOGGER_TYPE_TO_CLASS
+            raise RecipeError(
+                f"training.trackers: {name!r} {'is not installed' if known else 'is no tracker of Accelerate'}. "
+                f"Installed: {', '.join(installed)}. All: {', '.join(map(str, LOGGER_TYPE_TO_CLASS))}."
+            )
+    return list(names) or None
+
+
+def with_trackers(recipe: Recipe, accelerator: "Accelerator") -> None:
+    """Begin a run at every tracker that the recipe names."""
+    if recipe.training.trackers:
+        described = {"model": recipe.model.name, "scheme": recipe.scheme, "recipe": recipe.model_dump_json()}
+        accelerator.init_trackers("isogrid", config=described)
 
 
 def float_groups(model: nn.Module, settings: Optimization) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from isogrid.recipes.data import Data, size
 from isogrid.recipes.finishing import RunResult, finish
 from isogrid.recipes.folders import RunFolder
 from isogrid.recipes.language import LanguageData
-from isogrid.recipes.loop import make_accelerator
+from isogrid.recipes.loop import make_accelerator, with_trackers
 from isogrid.recipes.objective import make_objective
 from isogrid.recipes.progress import Progress, Silent
 from isogrid.recipes.schema import Recipe
@@ -35,7 +35,7 @@ from isogrid.training.checkpoint import MANIFEST, read_manifest
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-NO_MATTER: Any = {"output": True, "training": {"log_every", "checkpoint_every", "workers"}}
+NO_MATTER: Any = {"output": True, "training": {"log_every", "trackers", "checkpoint_every", "workers"}}
 """Keys that a resumed run may change: its losses stay the same."""
 
 
@@ -128,7 +128,8 @@ def _train(
     from isogrid.recipes.monitor import Monitor
 
     settings, steps = recipe.training, recipe.training.total_steps(size(data.train))
-    monitor = Monitor(folder.tensorboard, model, start) if accelerator.is_main_process else None
+    with_trackers(recipe, accelerator)
+    monitor = Monitor(folder.tensorboard, model, start, accelerator.log) if accelerator.is_main_process else None
 
     def after_step(step: int, loss: torch.Tensor) -> None:
         last = step == steps
@@ -154,6 +155,8 @@ def _train(
     finally:
         if monitor is not None:
             monitor.close()
+        for tracker in accelerator.trackers:  # end_training would also part the processes, which have more to do
+            tracker.finish()
 
 
 def _relevant(recipe: Recipe) -> dict[str, Any]:

@@ -119,6 +119,7 @@ class Training(Optimization):
 
     scale_lr: float | None = Field(default=None, gt=0, description="By what share of itself a scale may move a step.")
     log_every: int = Field(default=10, ge=1, description="Steps between two entries for TensorBoard.")
+    trackers: list[str] = Field(default_factory=list, description="Accelerate's trackers that get them too: wandb, ...")
     checkpoint_every: int = Field(default=100, ge=1, description="Steps between two checkpoints.")
 
 

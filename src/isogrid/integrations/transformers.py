@@ -11,7 +11,7 @@ from isogrid.errors import PlanError
 from isogrid.integrations.deployed import evaluate_deployed
 from isogrid.integrations.guiding import OF_LABELS, Guide
 from isogrid.planning.rules import Rule
-from isogrid.planning.state import is_prepared, quantizers, steps_done
+from isogrid.planning.state import is_prepared, steps_done
 from isogrid.training import Distillation, Teacher, teacher
 
 FROM_ITSELF = Distillation()
@@ -107,10 +107,3 @@ class QAT(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._deployed is not None:
             self._deployed.forget()
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        if logs is not None and self.schedule is not None and "loss" in logs:
-            frozen = all(quantizer.range_is_frozen for quantizer in quantizers(self.model).values())
-            logs["qat_phase"], logs["qat_ranges_frozen"] = self.schedule.phase, float(frozen)

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import isogrid as ig
 from isogrid.errors import ArtifactError, FormatError, NonFiniteError, PlanError, TargetError
+from isogrid.layers.dynamic import activation_rule
 from isogrid.targets.compressed_tensors.checkpoint import CompressedModel
 
 transformers = pytest.importorskip("transformers")
@@ -286,3 +288,20 @@ def test_a_model_of_no_library() -> None:
     plan = ig.plan(model, target="vllm", scheme="w4a16", example_inputs=(torch.zeros(1, 128),))
     with pytest.raises(TargetError, match="a model of transformers"):
         ig.export(ig.prepare(model, plan), "never")
+
+
+def test_the_rule_of_cuda_kernels(tmp_path: Path) -> None:
+    x = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+    largest = x.numpy().__abs__().max(1, keepdims=True)
+    codes = np.rint(x.numpy() * (np.float32(127) / largest))
+    found = activation_rule("int8-token-cuda")(x)
+    assert torch.equal(found, torch.from_numpy(codes * (largest / np.float32(127))))
+    others = torch.round(activation_rule("int8-token")(x) / (torch.from_numpy(largest) / 127.5))
+    differing = (others - torch.from_numpy(codes)).abs()
+    assert differing.max() == 1 and 0.10 < (differing > 0).float().mean() < 0.11
+    model = prepared(model_of("Llama"), "w8a8-dynamic-cuda")
+    artifact = ig.export(model, tmp_path / "model")
+    assert config_of(artifact.path)["config_groups"]["group_0"]["input_activations"]["strategy"] == "token"
+    assert torch.equal(logits(ig.convert(model)), logits(model))
+    with pytest.raises(TargetError, match="amax / 127"):
+        ig.load(artifact.path)(IDS)

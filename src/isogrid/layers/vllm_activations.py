@@ -2,7 +2,7 @@
 
 As compressed-tensors 0.20 computes it (`calculate_qparams`, `_quantize_dequantize`), and with it transformers: the
 scale is the largest magnitude over half of the grid's width, in true division, and so is the value over the scale.
-vLLM's own kernels for int8 divide by 127 and multiply by a reciprocal.
+vLLM's own kernels for int8 divide by 127 and multiply by a reciprocal, which is a rule of its own here.
 """
 
 from dataclasses import dataclass
@@ -37,6 +37,30 @@ class Int8Token(ActivationRule):
     def values(self, x: Tensor) -> Tensor:
         scale = _scale(x, 127.5)
         return torch.round((x / scale).clamp(-128, 127)) * scale
+
+
+@dataclass(frozen=True)
+class Int8TokenCuda(ActivationRule):
+    """int8 as vLLM's CUDA kernels have it: `rint(x * f32(127 / amax))` on `amax / 127` of each token.
+
+    After `dynamic_scaled_int8_quant_kernel` in its csrc/quantization/w8a8/int8/scaled_quant.cu.
+
+    >>> Int8TokenCuda()(torch.tensor([[127.0, -127.0, 1.4]]))
+    tensor([[ 127., -127.,    1.]])
+    """
+
+    @property
+    def name(self) -> str:
+        return "int8-token-cuda"
+
+    @property
+    def granularity(self) -> Granularity:
+        return PerToken()
+
+    def values(self, x: Tensor) -> Tensor:
+        largest = x.float().abs().amax(-1, keepdim=True)
+        end = torch.full_like(largest, 127.0)
+        return torch.round(x * torch.where(largest > 0, end / largest, 0.0)) * (largest / end)
 
 
 @dataclass(frozen=True)
@@ -104,5 +128,5 @@ def _scale(x: Tensor, half_width: float) -> Tensor:
     return torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)
 
 
-RULES = (Int8Token(), Fp8Token(), Fp8Group(), Mxfp4Group())
+RULES = (Int8Token(), Int8TokenCuda(), Fp8Token(), Fp8Group(), Mxfp4Group())
 """The rules."""

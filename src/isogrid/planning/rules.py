@@ -136,6 +136,7 @@ _OF_VLLM: tuple[tuple[str, str, str | None, FloatArithmetic, str], ...] = (
     ("w6a16", "int6/group128:scale=bfloat16", None, "weight_only", "6-bit weights in dense words"),
     ("w7a16", "int7/group128:scale=bfloat16", None, "weight_only", "7-bit weights in dense words"),
     ("w4a16-asym", "uint4/group128:scale=bfloat16", None, "weight_only", "4-bit weights with zero points"),
+    ("w8a8-dynamic-cuda", "int8/channel", None, "float", "as w8a8-dynamic, inputs as vLLM's CUDA kernels round them"),
     ("fp8", "fp8_e4m3/tensor", "fp8_e4m3/tensor", "float", "FP8 weights and inputs, a scale per tensor"),
     ("fp8-dynamic", "fp8_e4m3/channel", None, "float", "FP8 weights per channel, inputs per token as they come"),
     ("fp8-block", "fp8_e4m3/tile128x128", None, "float", "FP8 weights per 128x128, inputs per 128 as they come"),

@@ -42,6 +42,9 @@ RULES = {
 INPUTS = ("int8/tensor", "fp8_e4m3/tensor", "nvfp4-local")
 """Formats of inputs with a scale that is calibrated; of the last one it is the scale of those that values choose."""
 
+CUDA = "int8-token-cuda"
+"""The rule of vLLM's own kernels for int8, which checkpoints cannot tell from that of compressed-tensors."""
+
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -90,7 +93,8 @@ class Vllm:
 
     def activation_rule(self, weight: Format, scheme: Scheme) -> str | None:
         """A scale for each token, or for each 128 features where the weight has tiles."""
-        return RULES.get(str(weight)) if scheme.arithmetic == "float" and scheme.activation is None else None
+        rule = RULES.get(str(weight)) if scheme.arithmetic == "float" and scheme.activation is None else None
+        return CUDA if rule == "int8-token" and scheme.name == "w8a8-dynamic-cuda" else rule
 
     def check_format(self, kind: str, fmt: Format, call: Call, scheme: Scheme) -> None:
         """Raise TargetError, with what to use instead, where vLLM has no such format."""

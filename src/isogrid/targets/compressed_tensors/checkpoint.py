@@ -48,6 +48,11 @@ class CompressedModel(CheckpointModel):
                 f"transformers cannot show what {self.artifact.path} computes: it multiplies experts by float "
                 "inputs, and vLLM by quantised ones."
             )
+        if any(layer.activation_rule == "int8-token-cuda" for layer in self.artifact.plan.layers):
+            raise TargetError(
+                f"transformers cannot show what {self.artifact.path} computes: it rounds inputs on amax / 127.5, and "
+                "vLLM's CUDA kernels, for which this was trained, on amax / 127. Scheme w8a8-dynamic trains the former."
+            )
         if not _decompresses_at_once(self.artifact.plan):
             return {}
         return {"quantization_config": self._library.CompressedTensorsConfig(dequantize=True)}

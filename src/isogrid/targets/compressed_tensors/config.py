@@ -152,6 +152,7 @@ def _fp4_inputs(strategy: str, dynamic: bool | str, group: int, scale: str) -> d
 INPUTS: dict[str, dict[str, Any] | None] = {
     "float": None,
     "int8-token": _inputs("int", "token", dynamic=True),
+    "int8-token-cuda": _inputs("int", "token", dynamic=True),
     "fp8-token": _inputs("float", "token", dynamic=True),
     "fp8-group128": _inputs("float", "group", dynamic=True, group=128),
     "int8/tensor": _inputs("int", "tensor", dynamic=False),

@@ -9,6 +9,7 @@ import torch
 import isogrid as ig
 from isogrid.errors import TargetError
 from isogrid.layers.stored import StoredEmbedding, StoredLinear
+from isogrid.planning.state import prepared_state
 from isogrid.recipes.language import built_in_model
 from isogrid.targets import gguf_tensors
 from isogrid.targets.gguf_export import write_float_gguf
@@ -125,6 +126,17 @@ def test_speed_and_inputs_that_it_refuses(tmp_path: Path) -> None:
         loaded(tokens() + 300)
     with pytest.raises(TargetError, match="takes tokens"):
         loaded(tokens().float())
+    with pytest.raises(TargetError, match="no tokens"):
+        loaded(tokens(1, 0))
+
+
+@pytest.mark.parametrize("hidden", [288, 264])
+def test_rows_that_blocks_do_not_divide(hidden: int, tmp_path: Path) -> None:
+    model = language_model("llama", hidden_size=hidden, intermediate_size=2 * hidden, head_dim=32)
+    ig.prepare(model, ig.plan(model, scheme="q4_k_m", example_inputs={"input_ids": tokens()}))
+    report = ig.verify(model, ig.export(model, tmp_path / "model.gguf"), [{"input_ids": tokens()}])
+    assert all(check.holds for check in (*report.parameters, *report.replays, *report.graph)), str(report)
+    assert "float16" not in {site.format for site in prepared_state(model).plan.sites} or hidden == 264
 
 
 def test_the_usual_route_changes_codes(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class Branches(nn.Module):
 
 
 def test_values_are_exact_until_something_rounds_in_an_order_of_its_own() -> None:
-    found = surveyed(Branches(), torch.randn(4, 256))
+    found = surveyed(Branches(), torch.randn(4, 256) / 10)  # scores below one
     assert found.outputs == [
         Origin(True, 0.0),
         Origin(False, 1.0),
@@ -55,6 +55,20 @@ def test_angles_are_as_exact_as_their_rounding() -> None:
     assert near.depth == 1.0
     # 512 is known to half of 2**-14, and one operation stands for 1e-6.
     assert far.depth == pytest.approx(512 * 2**-24 / 1e-6)
+
+
+@pytest.mark.parametrize("masked", [0.0, -torch.inf])
+def test_errors_of_scores_grow_with_them(masked: float) -> None:
+    class Scores(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            scores = torch.sigmoid(x) * 40  # half at zero
+            scores = torch.cat([scores, torch.full_like(scores, masked)], -1)
+            query = torch.sigmoid(x).reshape(1, 1, 2, 4) * 8
+            return torch.softmax(scores, -1), F.scaled_dot_product_attention(query, query, query)
+
+    alone, attention = surveyed(Scores(), torch.zeros(2, 4)).outputs
+    assert alone.depth == 20.0 + 1.0
+    assert attention.depth == 4 * 4 * 4 / 2 + 1.0  # four products of 4 and 4, over the root of four
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,9 @@ class LlamaFile:
                 f"{self.path} computes what was trained up to {self.context} tokens, and these rows have "
                 f"{tokens.shape[1]}. Cut them."
             )
-        if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= self.vocabulary):
+        if not tokens.numel():
+            raise TargetError(f"{self.path} was given no tokens. Give it at least one row of at least one.")
+        if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocabulary:
             raise TargetError(f"{self.path} has tokens 0 to {self.vocabulary - 1}; these go beyond.")
 
 

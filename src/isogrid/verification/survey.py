@@ -43,8 +43,15 @@ FLOAT_ISOGRID_OPERATIONS = frozenset({"matmul_nbits"})
 ANGLES = frozenset({"cos", "sin"})
 """Operations whose value is only as exact as their argument is absolutely, as rotary embeddings' by the position."""
 
+SOFTMAX = frozenset({"_softmax", "_safe_softmax"})
+ATTENTION = frozenset({"_scaled_dot_product_flash_attention_for_cpu"})
+"""Operations that make an absolute error of their scores a relative one: what scores are off grows with their size."""
+
 ROUNDINGS = 1e-6 * 2**24
 """Of float32, in what counts for one operation."""
+
+MASKED = -1e4
+"""Scores below it are masked: no exponential of a difference like that is left."""
 
 Run = Callable[[tuple[Any, ...]], Any]
 
@@ -56,7 +63,8 @@ class Origin(NamedTuple):
         exact: through integers and exact operations alone, all the way from the inputs.
         depth: how many other float operations lie on the longest way from the last quantised tensor, packed layer or
             input; a sum of n products counts for sqrt(n) / 16 of them, as rounding errors wander, and the sine or
-            cosine of an angle for as many as make up the angle's own rounding.
+            cosine of an angle for as many as make up the angle's own rounding; a softmax multiplies those before it by
+            its largest score.
     """
 
     exact: bool
@@ -230,7 +238,7 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             counted = max(1.0, sqrt(products) / 16)
             if name in ANGLES:
                 counted = max(counted, float(operands[0].abs().max()) / ROUNDINGS)
-            depth, exact = depth + counted, False
+            depth, exact = depth * _growth(name, args, kwargs) + counted, False
         for tensor in tensors:
             self._alive.append(tensor)
             self._origins[id(tensor)] = Origin(exact, depth)
@@ -241,6 +249,20 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.multiplied(macs, tensors, number in self._seen)
             self._seen.add(number)
         return result
+
+
+def _growth(name: str, args: Any, kwargs: Any) -> float:
+    """By how much an operation makes relative errors of its operands larger: a softmax by its largest score, from 1."""
+    if name in SOFTMAX:
+        scores = args[0]
+    elif name in ATTENTION:
+        query, key = args[:2]
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        scores = query @ key.transpose(-2, -1) * (kwargs.get("scale") or query.shape[-1] ** -0.5)
+    else:
+        return 1.0
+    # Scores that a mask takes out are infinite, or as low as the dtype goes.
+    return max(1.0, float(scores.masked_fill(scores < MASKED, 0).abs().max()))
 
 
 def _macs(func: Any, args: Any, kwargs: Any, result: Any) -> int:

@@ -54,6 +54,11 @@ class RunFolder:
         return self.path / "checkpoint"
 
     @property
+    def blocks(self) -> Path:
+        """Folder of the block-wise stage: what is trained of it, and where it is."""
+        return self.path / "blocks"
+
+    @property
     def tensorboard(self) -> Path:
         """Folder of event files."""
         return self.path / "tensorboard"

@@ -15,6 +15,8 @@ from isogrid.errors import RecipeError
 from isogrid.recipes.data import Batches, Data, mixed_seed, size
 from isogrid.recipes.schema import Optimization, Recipe
 from isogrid.training import Schedule, TwoStages
+from isogrid.training.memory import explained_memory
+from isogrid.training.optimizers import set_rate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,15 +24,13 @@ if TYPE_CHECKING:
 AfterStep = Callable[[int, Tensor], None]
 """Called with the number of steps done and the loss of the last one, float32 []."""
 
+LESS_MEMORY = (
+    "Set training.activation_checkpointing to true, raise training.accumulation, use the optimizer adamw8bit, or "
+    "shorter sequences; then go on with --resume. The last checkpoint is whole."
+)
+
 Objective = Callable[[nn.Module, list[Any], Any], Tensor]
 """Called with the model as it is trained, the inputs of a batch and its target; gives the loss, a scalar."""
-
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.0, momentum=0.9),
-}
-"""The optimizers by name; each parameter group brings its learning rate."""
 
 
 def make_accelerator(recipe: Recipe) -> "Accelerator":
@@ -106,7 +106,7 @@ def fit(
 
     Args:
         model: float or prepared.
-        optimizer: of the model's parameters; of OPTIMIZERS.
+        optimizer: of the model's parameters; of `isogrid.training.optimizers`.
         data: its training data are used.
         settings: batch size, decay and the like.
         steps: optimizer steps of the whole run.
@@ -121,10 +121,11 @@ def fit(
 
     Raises:
         RecipeError: a batch cannot be divided among the processes.
+        MemoryExhaustedError: a step does not fit into memory.
     """
     loader = _loader(data.train, settings, start, steps, accelerator)
     for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
+        group.setdefault("initial_lr", float(group["lr"]))
     objective = objective or (lambda trained, inputs, target: data.loss(trained(*inputs), target))
     stages = None if settings.two_stages is None else TwoStages(**settings.two_stages.model_dump())
     trained, accelerated = accelerator.prepare(model, optimizer)
@@ -132,14 +133,15 @@ def fit(
     for step in range(start, steps):
         factor = learning_rate_factor(step, steps, settings.warmup_steps, settings.decay)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            set_rate(group, group["initial_lr"] * factor)
         if stages is not None:
             stages.apply(optimizer, step, steps)
         total = torch.zeros((), device=accelerator.device)
         for part in range(settings.accumulation):
             *inputs, target = on_device(next(loader), accelerator.device)
             seed_everything(mixed_seed(settings.seed, step, part, accelerator.process_index))
-            with accelerator.accumulate(trained):
+            memory = explained_memory(f"Step {step + 1}", LESS_MEMORY, model.parameters())
+            with memory, accelerator.accumulate(trained):
                 with accelerator.autocast():
                     loss = objective(trained, inputs, target)
                 accelerator.backward(loss)

@@ -22,6 +22,7 @@ from isogrid.recipes.schema import Recipe
 from isogrid.recipes.sources import make_data
 from isogrid.recipes.stages import (
     adapt,
+    by_blocks,
     float_model,
     make_optimizer,
     new_model,
@@ -30,6 +31,7 @@ from isogrid.recipes.stages import (
     train_quantized,
 )
 from isogrid.training import load_training, save_training
+from isogrid.training.block_files import BlockFiles
 from isogrid.training.checkpoint import MANIFEST, read_manifest
 
 if TYPE_CHECKING:
@@ -67,6 +69,9 @@ def run(recipe: Recipe, *, resume: bool = False, restart: bool = False, progress
             _begin(folder, recipe, model, data)
         prepared_model(recipe, model, data, accelerator)
         adapt(recipe, model, progress)
+        if not resume:
+            BlockFiles(folder.blocks).forget()
+        by_blocks(recipe, model, data, folder.blocks, accelerator, progress)
         start, optimizer = 0, make_optimizer(model, recipe.training)
     else:
         model, optimizer, start = _resumed(folder, recipe, accelerator)

@@ -92,7 +92,9 @@ class Optimization(Part):
     steps: int | None = Field(default=None, ge=1, description="Optimizer steps; or give epochs.")
     batch_size: int = Field(default=64, ge=1, description="Examples of one optimizer step, over all processes.")
     accumulation: int = Field(default=1, ge=1, description="In how many parts a process computes its share of a batch.")
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "adam", "sgd"] = Field(
+        default="adamw", description="adamw8bit: torchao's, with moments of 8 bits."
+    )
     lr: float = Field(default=1e-3, gt=0, description="Learning rate of everything but scales.")
     weight_decay: float = Field(default=0.0, ge=0)
     warmup_steps: int = Field(default=0, ge=0, description="Steps in which the learning rate rises.")
@@ -100,6 +102,9 @@ class Optimization(Part):
     two_stages: TwoStagesEntry | None = Field(default=None, description="Change learning rate and decay halfway.")
     clip_norm: float | None = Field(default=None, gt=0, description="Largest norm of the gradient.")
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16: under autocast.")
+    activation_checkpointing: bool = Field(
+        default=False, description="Blocks keep their inputs alone, and compute the rest again for its gradient."
+    )
     seed: int = Field(default=0, ge=0, description="Of the order of the data and of everything random.")
     workers: int = Field(default=0, ge=0, description="Processes that load data.")
 
@@ -171,6 +176,18 @@ class AdaptersEntry(Part):
     rank_stabilized: bool = Field(default=False, description="alpha over the root of the rank.")
 
 
+class BlockwiseEntry(Part):
+    """Blocks train one at a time, before the scales do over codes; `isogrid.Blockwise` says what each key does."""
+
+    match: str | None = Field(default=None, description="Pattern of the blocks; found by themselves if not given.")
+    examples: int = Field(default=128, ge=1, description="Training examples that every block learns from.")
+    batch_size: int = Field(default=2, ge=1, description="Examples of one step.")
+    epochs: int = Field(default=2, ge=1)
+    lr: float = Field(default=2e-5, gt=0)
+    scale_lr: float = Field(default=1e-3, gt=0, description="By what share of itself a scale may move a step.")
+    optimizer: Literal["adamw", "adamw8bit", "adam", "sgd"] = "adamw"
+
+
 class Calibration(Part):
     """What chooses the ranges before training."""
 
@@ -199,6 +216,9 @@ class Recipe(Part):
     schedule: ScheduleEntry = Field(default_factory=ScheduleEntry)
     distillation: DistillationEntry | None = Field(default=None, description="Learn from a teacher, not from labels.")
     adapters: AdaptersEntry | None = Field(default=None, description="Train low-rank updates and scales alone.")
+    blockwise: BlockwiseEntry | None = Field(
+        default=None, description="Train block by block first; `training` then moves the scales alone, over codes."
+    )
     training: Training = Field(description="How long: `epochs` or `steps`; the rest has defaults.")
     controls: bool = Field(
         default=False, description="Also report PTQ, and the float model trained for as many more steps."
@@ -220,6 +240,18 @@ class Recipe(Part):
     def _starts_somewhere(self) -> "Recipe":
         if self.checkpoint is not None and self.float_training is not None:
             raise ValueError("give checkpoint or float_training, not both: a checkpoint is trained already")
+        return self
+
+    @model_validator(mode="after")
+    def _trains_scales_to_the_end(self) -> "Recipe":
+        if self.blockwise is None:
+            return self
+        if self.adapters is not None:
+            raise ValueError("give adapters or blockwise, not both: after blockwise only scales train")
+        if self.distillation is not None and self.distillation.teacher is None:
+            raise ValueError("after blockwise the model has no float weights to be its own teacher: name a teacher")
+        if self.schedule.freeze_ranges < 1:
+            raise ValueError("after blockwise only scales train: set schedule.freeze_ranges to 1")
         return self
 
 

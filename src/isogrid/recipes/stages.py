@@ -10,16 +10,28 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.optim import Optimizer
 
-from isogrid.api import add_adapters, calibrate, parameter_groups, plan, prepare
+from isogrid.api import (
+    Blockwise,
+    add_adapters,
+    calibrate,
+    checkpoint_activations,
+    freeze_codes,
+    parameter_groups,
+    plan,
+    prepare,
+    train_blockwise,
+)
 from isogrid.errors import RecipeError
 from isogrid.files import write_whole
 from isogrid.planning.plan import Plan
 from isogrid.recipes.data import Batches, Data, collate, size
-from isogrid.recipes.loop import OPTIMIZERS, Objective, fit, float_groups, on_device, seed_everything
+from isogrid.recipes.loop import Objective, fit, float_groups, on_device, seed_everything
 from isogrid.recipes.progress import Pace, Progress
 from isogrid.recipes.schema import Optimization, Recipe, Training
 from isogrid.recipes.sources import make_model
 from isogrid.training import Schedule
+from isogrid.training.blocks import find_blocks
+from isogrid.training.optimizers import make_optimizer as optimizer_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -78,8 +90,10 @@ def train_float(
 ) -> nn.Module:
     """Train a float model in place."""
     steps = settings.total_steps(size(data.train))
-    optimizer = OPTIMIZERS[settings.optimizer](float_groups(model, settings))
+    optimizer = optimizer_of(settings.optimizer, float_groups(model, settings))
     data.check(model)
+    if settings.activation_checkpointing:
+        checkpoint_activations(model)
     pace = Pace(data, settings.batch_size)
     with progress.task(title, steps) as advance:
         return fit(
@@ -108,6 +122,36 @@ def adapt(recipe: Recipe, model: nn.Module, progress: Progress) -> None:
         progress.message(str(add_adapters(model, **recipe.adapters.model_dump())))
 
 
+def by_blocks(
+    recipe: Recipe, model: nn.Module, data: Data, folder: Path, accelerator: "Accelerator", progress: Progress
+) -> None:
+    """Train a prepared model block by block as a recipe says, and leave it with scales to train over codes.
+
+    Raises:
+        RecipeError: there are several processes.
+    """
+    if recipe.blockwise is None:
+        return
+    if accelerator.num_processes > 1:
+        raise RecipeError("blockwise: blocks are trained in one process. Start the run without torchrun.")
+    entry = recipe.blockwise
+    settings = Blockwise(
+        epochs=entry.epochs, lr=entry.lr, scale_lr=entry.scale_lr, optimizer=entry.optimizer, seed=recipe.training.seed
+    )
+    order = Batches(size(data.train), entry.batch_size, recipe.training.seed)
+    count = max(1, min(entry.examples // entry.batch_size, order.per_epoch))
+    batches = [on_device(collate(data.train, order[index]), accelerator.device) for index in range(count)]
+    steps = len(find_blocks(model, entry.match)) * entry.epochs * count
+    with progress.task("training block by block", steps) as advance:
+        train_blockwise(
+            model, batches, settings, blocks=entry.match, folder=folder,
+            after_step=lambda path, step, loss: advance(f"{path} error {loss:.3g}"),
+        )  # fmt: skip
+    left = freeze_codes(model)
+    if left:
+        progress.message(f"These keep float weights, frozen: {', '.join(f'{p} ({why})' for p, why in left.items())}.")
+
+
 def calibration_batches(recipe: Recipe, data: Data) -> Iterator[tuple[Any, ...]]:
     """The first batches of the shuffled training data."""
     batches = Batches(size(data.train), recipe.calibration.batch_size, recipe.training.seed)
@@ -124,7 +168,7 @@ def make_optimizer(model: nn.Module, settings: Training) -> Optimizer:
         scale_lr=settings.scale_lr,
         relative_scale_lr=settings.optimizer != "sgd",
     )
-    return OPTIMIZERS[settings.optimizer](groups)
+    return optimizer_of(settings.optimizer, groups)
 
 
 def make_schedule(model: nn.Module, recipe: Recipe, steps: int) -> Schedule:
@@ -149,6 +193,8 @@ def train_quantized(
     steps = recipe.training.total_steps(size(data.train))
     schedule = make_schedule(model, recipe, steps)
     optimizer = make_optimizer(model, recipe.training) if optimizer is None else optimizer
+    if recipe.training.activation_checkpointing:
+        checkpoint_activations(model)
     pace = Pace(data, recipe.training.batch_size)
     with progress.task(title, steps, start) as advance:
 

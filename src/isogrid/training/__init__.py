@@ -15,6 +15,7 @@ from isogrid.training.merging import merge_adapters
 from isogrid.training.parameters import parameter_groups
 from isogrid.training.peft import load_peft, save_peft
 from isogrid.training.pretrained import prepare, restore
+from isogrid.training.recomputing import checkpoint_activations
 from isogrid.training.schedule import Phase, Schedule, TwoStages
 from isogrid.training.teacher_cache import TeacherCache, store_teacher
 from isogrid.training.teachers import Teacher, teacher
@@ -35,6 +36,7 @@ __all__ = [
     "adapter_report",
     "add_adapters",
     "calibrate",
+    "checkpoint_activations",
     "confidence",
     "feature_loss",
     "freeze_codes",

@@ -62,7 +62,13 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     >>> tensor_bytes([x, x[0], torch.zeros(2, device="meta")])
     48
     """
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
+    storages: dict[int, int] = {}
+    for tensor in tensors:
+        if hasattr(tensor, "__tensor_flatten__"):  # made of others, such as the 8-bit moments of torchao
+            parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        else:
+            parts = [tensor]
+        storages |= {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in parts if not p.is_meta}
     return sum(storages.values())
 
 

@@ -2,10 +2,14 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from isogrid.errors import CheckpointError
+
+MOMENTS = "OptimState8bit"
+"""The class of torchao's 8-bit moments, which are several tensors each."""
 
 
 def optimizer_parts(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -34,7 +38,11 @@ def _split(tree: dict[Any, Any], prefix: str = "") -> tuple[dict[str, Tensor], d
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Tensor):
+        if type(value).__name__ == MOMENTS:
+            names, (signed, dtype) = value.__tensor_flatten__()
+            tensors |= {f"{prefix}{key}/{name}": getattr(value, name) for name in names}
+            plain[str(key)] = {MOMENTS: {"signed": signed, "dtype": str(dtype).removeprefix("torch.")}}
+        elif isinstance(value, Tensor):
             tensors[f"{prefix}{key}"] = value
         elif isinstance(value, dict):
             inner, plain[str(key)] = _split(value, f"{prefix}{key}/")
@@ -52,4 +60,15 @@ def _joined(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]
         for parent in parents:
             place = place.setdefault(parent, {})
         place[last] = tensor
-    return plain
+    return _with_moments(plain)
+
+
+def _with_moments(tree: dict[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries with the 8-bit moments of torchao put together again."""
+    if MOMENTS not in tree:
+        return {key: _with_moments(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    how = tree.pop(MOMENTS)
+    made: Any = OptimState8bit(**tree, signed=how["signed"], dtype=getattr(torch, how["dtype"]))
+    return made  # type: ignore[no-any-return]

@@ -18,6 +18,7 @@ from isogrid.recipes.loading import load_recipe, validated
 from isogrid.recipes.perplexity import Perplexity, predictions, token_loss
 from isogrid.recipes.runner import run
 from isogrid.recipes.sources import make_model
+from isogrid.recipes.stages import begins_untrained
 from isogrid.recipes.tokens import END, Packed, byte_level_tokenizer, documents_of, token_file
 
 WORDS = ("the", "cat", "sat", "on", "mat", "and", "dog", "ran", "to", "door", "while", "a", "bird", "sang", "of")
@@ -205,3 +206,9 @@ def test_a_demo_takes_the_place_of_model_and_data():
     assert load_recipe("llama-q4_0", ["training.steps=7"], demo=True).training.steps == 7
     with pytest.raises(RecipeError, match=r"digits-w4a8\.yaml has no demo\. These have one: .*llama-q4_0"):
         load_recipe("digits-w4a8", demo=True)
+
+
+@pytest.mark.parametrize(("name", "untrained"), [("bitnet", True), ("llama-q4_0", False)])
+def test_what_nobody_has_trained_is_not_called_the_float_model(name: str, untrained: bool) -> None:
+    assert begins_untrained(load_recipe(name, demo=True)) == untrained
+    assert not begins_untrained(load_recipe(name, ["model.arguments.path=gpt2"]))

@@ -16,7 +16,7 @@ from isogrid.recipes.language import LanguageData
 from isogrid.recipes.outcomes import Outcome, with_latencies, write_outcomes
 from isogrid.recipes.progress import Progress
 from isogrid.recipes.schema import Optimization, Recipe
-from isogrid.recipes.stages import load_float_weights, new_model, prepared_model, train_float
+from isogrid.recipes.stages import begins_untrained, load_float_weights, new_model, prepared_model, train_float
 from isogrid.report import ResultRow
 
 if TYPE_CHECKING:
@@ -97,7 +97,8 @@ class _End:
 
     def float(self) -> Outcome:
         """The model that quantisation began with."""
-        return self._float_outcome("float", self._float_model())
+        name = "untrained" if begins_untrained(self.recipe) else "float"
+        return self._float_outcome("float", self._float_model(), name)
 
     def longer(self) -> Outcome:
         """That model, trained for as many more steps: what training alone would have brought."""
@@ -120,8 +121,10 @@ class _End:
         outcome: Outcome = self._outcomes.quantized_outcome(self.recipe.scheme.upper(), method, model, self.data, path)
         return outcome
 
-    def _float_outcome(self, method: Literal["float", "float-extra"], model: nn.Module) -> Outcome:
+    def _float_outcome(
+        self, method: Literal["float", "float-extra"], model: nn.Module, name: str = "float"
+    ) -> Outcome:
         path = self.folder.artifact(self.recipe.runtime).with_stem(method)
         path = path if path.suffix == ".gguf" else self.folder.path / f"{method}.onnx"
-        outcome: Outcome = self._outcomes.float_outcome("float", method, model, self.data, path)
+        outcome: Outcome = self._outcomes.float_outcome(name, method, model, self.data, path)
         return outcome

@@ -25,6 +25,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 """Built-in models by name."""
 
+AT_RANDOM = frozenset({"digits-cnn", "language-model"})
+"""Those that know nothing before they are trained."""
+
 DATA: dict[str, Callable[..., Data]] = {"digits": digits, "english": built_in_text, "text": text}
 """Built-in data by name."""
 

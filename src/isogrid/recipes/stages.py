@@ -28,13 +28,19 @@ from isogrid.recipes.data import Batches, Data, collate, size
 from isogrid.recipes.loop import Objective, fit, float_groups, on_device, seed_everything
 from isogrid.recipes.progress import Pace, Progress
 from isogrid.recipes.schema import Optimization, Recipe, Training
-from isogrid.recipes.sources import make_model
+from isogrid.recipes.sources import AT_RANDOM, make_model
 from isogrid.training import Schedule
 from isogrid.training.blocks import find_blocks
 from isogrid.training.optimizers import make_optimizer as optimizer_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+def begins_untrained(recipe: Recipe) -> bool:
+    """Whether quantisation begins with a model that knows nothing yet."""
+    is_trained = recipe.float_training is not None or recipe.checkpoint is not None
+    return not is_trained and recipe.model.name in AT_RANDOM
 
 
 def float_model(recipe: Recipe, data: Data, accelerator: "Accelerator", progress: Progress) -> nn.Module:

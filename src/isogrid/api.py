@@ -21,7 +21,7 @@ from isogrid.planning.lending import lending
 from isogrid.planning.placement import Placement
 from isogrid.planning.state import is_prepared, prepared_state
 from isogrid.planning.state import unplanned as unplanned
-from isogrid.search import fit_types
+from isogrid.search import fit_lq_lora, fit_types
 from isogrid.targets import Artifact, LoadedModel, load_artifact, target_from_name
 from isogrid.targets.checkpoints.adopting import adopt_checkpoint as adopt_checkpoint
 from isogrid.training import (
@@ -221,6 +221,7 @@ __all__ = [
     "checkpoint_activations",
     "convert",
     "export",
+    "fit_lq_lora",
     "fit_types",
     "format",
     "freeze_codes",

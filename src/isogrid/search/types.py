@@ -74,7 +74,7 @@ def fit_types(
     ]
     chosen = allocate(options, budget * sum(weight.numel() for weight in weights))
     by_site = {site.name: option.name for site, option in zip(sites, chosen, strict=True)}
-    return [Rule(match=_only(layer.path), weight=by_site[layer.weight]) for layer in layers]
+    return [Rule(match=only(layer.path), weight=by_site[layer.weight]) for layer in layers]
 
 
 def _options(site: Site, weight: Tensor, known: Mapping[str, Format], importance: float) -> list[Option]:
@@ -113,6 +113,6 @@ def _sampled(weight: Tensor) -> Tensor:
     return rows[:: -(-rows.numel() // SAMPLE)].reshape(-1, *weight.shape[1:]).to(torch.float32)
 
 
-def _only(path: str) -> str:
+def only(path: str) -> str:
     """A pattern that this path alone matches; a path without a dot could be the name of a kind or class too."""
     return path if re.fullmatch(r"[\w.]*\.[\w.]*", path) else f"re:{re.escape(path)}"

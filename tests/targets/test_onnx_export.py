@@ -36,7 +36,7 @@ def exported(module: nn.Module, x: Tensor, folder: Path, **options: object) -> P
 
 def assert_same_bits(module: nn.Module, path: Path, x: Tensor) -> None:
     logits, ours = recorded_codes(module, x)
-    outputs, codes, _ = observed(path, STATIC_OPTIONS, x)
+    outputs, codes, *_ = observed(path, STATIC_OPTIONS, x)
     assert torch.equal(outputs[0], logits)
     for name, value in codes.items():
         assert any(torch.equal(value.reshape(-1), own.reshape(-1)) for own in ours), name

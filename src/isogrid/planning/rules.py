@@ -22,11 +22,11 @@ class Rule:
     """What to do with the layers and operations that a pattern matches. The first rule that matches wins.
 
     Args:
-        match: a name with wildcards (`layer1.*.conv2`), a class name (`Conv2d`), a kind (`add`), or, after `re:`, a
-            regular expression that must match the whole name.
+        match: a name with wildcards (`layer1.*.conv2`), a class name (`Conv2d`), a kind (`add`, `key_cache`), or, after
+            `re:`, a regular expression that must match the whole name.
         keep: "float" leaves the layer as it is; nothing else may then be given.
         weight: format of the weight.
-        activation: format of inputs and outputs.
+        activation: format of inputs and outputs; of queries, cached keys and cached values where it matches these alone.
         scale: `learned`, `frozen`, `moving` or `dynamic`, for weights and activations alike.
         estimator: `ste`, `identity`, `lsq`, or `efficientqat`, which learns zero points too.
         range: how scales are chosen from data, such as `mse`, `absmax` or `percentile(99.9)`.

@@ -26,7 +26,7 @@ class Rule:
             `re:`, a regular expression that must match the whole name.
         keep: "float" leaves the layer as it is; nothing else may then be given.
         weight: format of the weight.
-        activation: format of inputs and outputs; of queries, cached keys and cached values where it matches these alone.
+        activation: format of inputs and outputs; of queries, cached keys and values where it matches these alone.
         scale: `learned`, `frozen`, `moving` or `dynamic`, for weights and activations alike.
         estimator: `ste`, `identity`, `lsq`, or `efficientqat`, which learns zero points too.
         range: how scales are chosen from data, such as `mse`, `absmax` or `percentile(99.9)`.

@@ -9,6 +9,7 @@ from isogrid.training.checkpoint import load_training, save, save_training
 from isogrid.training.codes import freeze_codes
 from isogrid.training.distillation import Distillation, ThreePhases
 from isogrid.training.divergences import TopK, confidence, kl_divergence
+from isogrid.training.estimating import estimate
 from isogrid.training.features import LayerLosses, feature_loss, relation_loss
 from isogrid.training.generation import generate_text
 from isogrid.training.merging import merge_adapters
@@ -38,6 +39,7 @@ __all__ = [
     "calibrate",
     "checkpoint_activations",
     "confidence",
+    "estimate",
     "feature_loss",
     "freeze_codes",
     "generate_text",

@@ -1,5 +1,6 @@
 """GGUF files hold what was trained, as the gguf package reads it; and errors say what to do."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import gguf
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import isogrid as ig
@@ -141,3 +142,40 @@ def test_tokenizers() -> None:
     unigram = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("a", 0.0)])))
     with pytest.raises(TargetError, match="does not know this tokenizer"):
         tokenizer_metadata(unigram, 320)
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """Byte pairs that fall back on bytes, as Llama 2 has them."""
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("q", "u"), ("▁", "qu"), ("h", "e"), ("▁qu", "i"), ("c", "k")]
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyz"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    pieces += [left + right for left, right in merges]
+    backend = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", add_bos_token=False
+    )
+
+
+def test_scores_make_llama_cpp_merge_in_the_order_of_the_tokenizer(tmp_path: Path) -> None:
+    tokenizer = sentencepiece()
+    path = write_float_gguf(language_model("llama"), tmp_path / "model.gguf", tokenizer)
+    fields = open_gguf(path).fields
+    tokens, scores, types = (
+        fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "scores", "token_type")
+    )
+    assert fields["tokenizer.ggml.model"].contents() == "llama" and fields["tokenizer.ggml.add_space_prefix"].contents()
+    assert (types[0], types[1], types[3], types[290], types[-1]) == (2, 3, 6, 1, 5)
+    number = {token: i for i, token in enumerate(tokens)}
+    for text in ("the quick", "he the quth", "thequiche", "é"):
+        # llm_tokenizer_spm of llama-vocab.cpp: the pair with the highest score is merged, the first of equal ones.
+        parts = list("▁" + text.replace(" ", "▁"))
+        while pairs := [(-scores[number[a + b]], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in number]:
+            place = min(pairs)[1]
+            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        ids = []
+        for part in parts:
+            ids += [number[part]] if part in number else [number[f"<0x{byte:02X}>"] for byte in part.encode()]
+        assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]

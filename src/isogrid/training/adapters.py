@@ -240,11 +240,12 @@ def adapter_report(model: nn.Module) -> AdapterReport:
     within = {id(p) for module in model.modules() if isinstance(module, Adapters) for p in module.parameters()}
     of_scales = {id(p) for quantizer in quantizers(model).values() for p in quantizer.parameters()}
     training = [p for p in model.parameters() if p.requires_grad]
+    in_codes = [prod(module.coded.shape) for module in model.modules() if isinstance(module, CodedLinear)]
     return AdapterReport(
         specs,
         trainable=sum(p.numel() for p in training),
         scales=sum(p.numel() for p in training if id(p) in of_scales),
-        total=sum(p.numel() for p in model.parameters() if id(p) not in within | of_scales),
+        total=sum(p.numel() for p in model.parameters() if id(p) not in within | of_scales) + sum(in_codes),
         merges_exactly=method != "qlora",
         statement=STATEMENTS[method],
     )

@@ -117,8 +117,9 @@ def test_logits_in_transformers_are_those_that_were_trained(scheme: str, dtype: 
     assert torch.equal(loaded(IDS)[0], logits(model))
 
 
-def test_verification_passes(tmp_path: Path) -> None:
-    model = prepared(model_of(), "nf4-double")
+@pytest.mark.parametrize("hidden_size", [128, 320], ids=["one group of scales", "groups that run on over rows"])
+def test_verification_passes(hidden_size: int, tmp_path: Path) -> None:
+    model = prepared(model_of(hidden_size=hidden_size), "nf4-double")
     report = ig.verify(model, ig.export(model, tmp_path / "model"), [BATCH])
     assert report, report
 

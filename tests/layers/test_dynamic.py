@@ -1,9 +1,13 @@
+from math import lcm
+
 import pytest
 import torch
 from torch import nn
 
 import isogrid as ig
 from isogrid.errors import PlanError
+from isogrid.formats import PerGroup
+from isogrid.layers.activation_rule import ActivationRule
 from isogrid.layers.dynamic import ACTIVATION_RULES, MatMulNBits, activation_rule
 from isogrid.layers.nbits import reciprocal_int8
 from tests.models import assert_equal, prepared
@@ -15,23 +19,31 @@ def test_values_are_those_of_the_runtimes_codes() -> None:
     assert_equal(MatMulNBits(32)(x), codes * scale.repeat_interleave(32, -1))
 
 
+def length_for(rule: ActivationRule) -> int:
+    """A number of values that a rule takes: whole groups."""
+    return lcm(256, rule.granularity.size) if isinstance(rule.granularity, PerGroup) else 256
+
+
 @pytest.mark.parametrize("name", ACTIVATION_RULES)
 def test_the_gradient_passes_unchanged(name: str) -> None:
-    x = torch.randn(2, 256, requires_grad=True)
-    activation_rule(name)(x).backward(gradient := torch.randn(2, 256))
+    rule = activation_rule(name)
+    x = torch.randn(2, length_for(rule), requires_grad=True)
+    rule(x).backward(gradient := torch.randn_like(x))
     assert_equal(x.grad, gradient)
 
 
 @pytest.mark.parametrize("name", ACTIVATION_RULES)
 def test_half_precision_goes_in_and_out(name: str) -> None:
-    assert activation_rule(name)(torch.randn(2, 256).bfloat16()).dtype == torch.bfloat16
+    rule = activation_rule(name)
+    assert rule(torch.randn(2, length_for(rule)).bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ACTIVATION_RULES)
 def test_zeros_stay_zeros(name: str) -> None:
     rule = activation_rule(name)
-    assert_equal(rule(torch.zeros(2, 256)), torch.zeros(2, 256))
-    error = rule.sum_error(torch.zeros(2, 256))
+    zeros = torch.zeros(2, length_for(rule))
+    assert_equal(rule(zeros), zeros)
+    error = rule.sum_error(zeros)
     assert error is None or not error.any()
 
 

@@ -120,26 +120,26 @@ class DynamicState(nn.Module):
         return str(quantizer.extra_repr())
 
 
-class CacheWriter:
-    """Stands for a cache in an attention layer's forward, and quantises what is written into it.
+class BeforeCache:
+    """Stands for a cache of transformers, or for None, in an attention layer's forward.
 
     Args:
-        states: of the layer.
-        cache: of transformers, or None.
+        cache: what it stands for; all else than writing is left to it.
+        others: what a subclass needs.
     """
 
-    def __init__(self, states: AttentionStates, cache: Any):
-        self.__dict__.update(states=states, cache=cache)
+    def __init__(self, cache: Any, **others: Any):
+        self.__dict__.update(cache=cache, **others)
+
+    def before(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """What is written in the place of keys and values [batch, heads, tokens, size]."""
+        raise NotImplementedError
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values [batch, heads, tokens, size] so far, after these were quantised and written."""
-        states: AttentionStates = self.__dict__["states"]
-        key_states, value_states = states.quantized(KEY, key_states), states.quantized(VALUE, value_states)
+        """All keys and values so far, after these were written."""
         cache = self.__dict__["cache"]
-        if cache is None:
-            return key_states, value_states
-        result: tuple[Tensor, Tensor] = cache.update(key_states, value_states, *args, **kwargs)
-        return result
+        states = self.before(key_states, value_states)
+        return states if cache is None else cache.update(*states, *args, **kwargs)
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         """How many tokens the cache holds."""
@@ -151,6 +151,14 @@ class CacheWriter:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.__dict__["cache"], name, value)
+
+
+class CacheWriter(BeforeCache):
+    """Quantises what is written into a cache, by the `AttentionStates` of a layer."""
+
+    def before(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        states: AttentionStates = self.__dict__["states"]
+        return states.quantized(KEY, key_states), states.quantized(VALUE, value_states)
 
 
 def attach(module: nn.Module, states: AttentionStates) -> None:
@@ -195,7 +203,7 @@ def replaced_cache(
 def _write_through(position: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A hook before the forward of an attention layer: its states stand before its cache."""
     states: Any = module._modules[ATTRIBUTE]
-    return replaced_cache(position, args, kwargs, lambda cache: CacheWriter(states, cache))
+    return replaced_cache(position, args, kwargs, lambda cache: CacheWriter(cache, states=states))
 
 
 @cache

@@ -17,6 +17,7 @@ from torch import Tensor
 from isogrid.formats import NativeGrid, PerGroup
 from isogrid.formats.granularity import Granularity
 from isogrid.layers.activation_rule import ActivationRule
+from isogrid.layers.hadamard import hadamard_matrix
 from isogrid.layers.llamacpp_activations import BLOCK, Q8_0
 
 ROTATIONS = (64, 128, 256, 512)
@@ -173,14 +174,12 @@ def _turned(x: Tensor, size: int) -> Tensor:
 
 @lru_cache
 def hadamard(size: int) -> Tensor:
-    """Sylvester's matrix float32 [size, size], orthogonal and symmetric; the size is a power of two.
+    """The orthogonal Hadamard matrix as ggml has it, float32 [size, size]; the size is a power of two.
 
     >>> hadamard(4)[1]
     tensor([ 0.5000, -0.5000,  0.5000, -0.5000])
     """
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    matrix = hadamard_matrix(size).float()
     return matrix / torch.full_like(matrix, size**0.5)
 
 

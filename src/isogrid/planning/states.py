@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from isogrid.errors import PlanError, TargetError
 from isogrid.formats import PerHead, PerTensor, named_format
-from isogrid.layers.attention_states import ATTRIBUTE, KEY, QUERY, VALUE, cache_position, replaced_cache
+from isogrid.layers.attention_states import (
+    ATTRIBUTE,
+    KEY,
+    QUERY,
+    VALUE,
+    BeforeCache,
+    cache_position,
+    replaced_cache,
+)
 from isogrid.planning.graph import COMPUTING_KINDS, JOINING_KINDS, Call, Graph
 from isogrid.planning.plan import Site, StatePlan
 from isogrid.planning.rules import Rule
@@ -57,7 +65,7 @@ def _watching(path: str, module: nn.Module, position: int, found: list[Call]) ->
     def replace(cache: Any) -> Any:
         if type(cache).__name__ == "EncoderDecoderCache" or (cache is None and not _is_causal(module)):
             return cache
-        return _Seen(path, module, cache, found)
+        return _Seen(cache, path=path, module=module, found=found)
 
     return lambda _, args, kwargs: replaced_cache(position, args, kwargs, replace)
 
@@ -73,35 +81,22 @@ def _names(module: nn.Module) -> tuple[str, ...]:
     return () if code is None else tuple(code.co_names)
 
 
-class _Seen:
-    """Stands for a cache while a model is captured, and writes down what is written into it."""
+class _Seen(BeforeCache):
+    """Writes down what is written into a cache, while a model is captured."""
 
-    def __init__(self, path: str, module: nn.Module, cache: Any, found: list[Call]):
-        self.__dict__.update(path=path, module=module, cache=cache, found=found)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        path, module, cache = (self.__dict__[name] for name in ("path", "module", "cache"))
+    def before(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        path, module, found = (self.__dict__[name] for name in ("path", "module", "found"))
         shapes = {KEY: tuple(key_states.shape), VALUE: tuple(value_states.shape)}
         if "ALL_ATTENTION_FUNCTIONS" in _names(module):
             groups = int(getattr(module, "num_key_value_groups", 1))
             batch, heads, tokens, size = key_states.shape
             shapes = {QUERY: (batch, heads * groups, tokens, size), **shapes}
-        known = {call.name for call in self.__dict__["found"]}
+        known = {call.name for call in found}
         for kind, shape in shapes.items():
             call = Call(f"{path}.{kind}".lstrip("."), kind, type(module).__name__, path, (), (), shape)
             if call.name not in known:
-                self.__dict__["found"].append(call)
-        return (key_states, value_states) if cache is None else cache.update(key_states, value_states, *args, **kwargs)
-
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-        cache = self.__dict__["cache"]
-        return 0 if cache is None else int(cache.get_seq_length(*args, **kwargs))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["cache"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.__dict__["cache"], name, value)
+                found.append(call)
+        return key_states, value_states
 
 
 def plan_states(model: nn.Module, graph: Graph, rules: Sequence[Rule], target: Target) -> PlannedStates:

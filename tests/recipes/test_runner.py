@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from isogrid.recipes import runner
 from isogrid.recipes.document import parse
 from isogrid.recipes.folders import RunFolder, find_run
 from isogrid.recipes.loading import validated
+from isogrid.recipes.progress import Silent
 from isogrid.recipes.runner import RunResult, run
 from isogrid.recipes.schema import Recipe
 
@@ -53,6 +55,22 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
 def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+@pytest.mark.usefixtures("no_export")
+def test_a_run_says_what_it_will_take_and_is_the_same_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Listening(Silent):
+        said: ClassVar[list[str]] = []
+
+        def message(self, text: str) -> None:
+            self.said.append(text)
+
+    run(recipe(tmp_path / "told"), progress=Listening())
+    assert any(text.startswith("Training takes about ") and "MiB" in text for text in Listening.said)
+    monkeypatch.setattr(runner, "estimated", lambda *arguments: "nothing that was measured")
+    run(recipe(tmp_path / "untold"))
+    told, untold = tensors(tmp_path / "told"), tensors(tmp_path / "untold")
+    assert all(torch.equal(tensor, untold[name]) for name, tensor in told.items())
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

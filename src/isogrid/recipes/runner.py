@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from isogrid.api import restore
 from isogrid.errors import NonFiniteError, RecipeError
 from isogrid.recipes.data import Data, size
+from isogrid.recipes.estimating import estimated
 from isogrid.recipes.finishing import RunResult, finish
 from isogrid.recipes.folders import RunFolder
 from isogrid.recipes.language import LanguageData
@@ -73,6 +74,7 @@ def run(recipe: Recipe, *, resume: bool = False, restart: bool = False, progress
             BlockFiles(folder.blocks).forget()
         by_blocks(recipe, model, data, folder.blocks, accelerator, progress)
         start, optimizer = 0, make_optimizer(model, recipe.training)
+        progress.message(f"Training takes {estimated(recipe, model, data, accelerator)}.")
     else:
         model, optimizer, start = _resumed(folder, recipe, accelerator)
         progress.message(f"Resuming after step {start}.")

@@ -79,7 +79,9 @@ def estimate(
         raise PlanError("There is nothing to train: all parameters are frozen.")
     if optimizer not in STATE_BYTES:
         raise PlanError(f"Unknown optimizer {optimizer!r}. Known: {', '.join(STATE_BYTES)}.")
-    counts = (max(1, batch_size // 4), max(1, batch_size // 2))
+    # Two examples at least where there are two: batch norm does not train on one.
+    few = max(min(2, batch_size), batch_size // 4)
+    counts = (few, max(min(few + 1, batch_size), batch_size // 2))
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     before = [parameter.grad for parameter in trained]

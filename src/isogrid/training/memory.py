@@ -1,5 +1,6 @@
 """Memory in training: what runs out of it, and how many bytes tensors hold."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -100,8 +101,14 @@ def peak_bytes(function: Callable[[], object], device: torch.device | None = Non
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with _quiet_errors():
+        profile.start()
+    try:
         function()
+    finally:
+        with _quiet_errors():
+            profile.stop()
     now = peak = 0
     results: Any = profile.profiler
     autograd: Any = torch.autograd
@@ -110,3 +117,16 @@ def peak_bytes(function: Callable[[], object], device: torch.device | None = Non
             now += event.nbytes()
             peak = max(peak, now)
     return peak
+
+
+@contextmanager
+def _quiet_errors() -> Iterator[None]:
+    """While open, nothing reaches the terminal's error stream: the profiler writes a line there whenever it starts."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

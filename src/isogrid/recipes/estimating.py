@@ -1,0 +1,42 @@
+"""What a run will take, said before it starts."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from isogrid.recipes.data import Data, collate, size
+from isogrid.recipes.loop import on_device
+from isogrid.recipes.schema import Recipe
+from isogrid.training.estimating import Estimate, estimate
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def estimated(recipe: Recipe, model: nn.Module, data: Data, accelerator: "Accelerator") -> Estimate:
+    """The estimate of a recipe's training, by the loss of its data; a teacher's share is not in it.
+
+    Args:
+        recipe: of the run.
+        model: as it will train.
+        data: whose first examples are looked at.
+        accelerator: of the run.
+
+    Raises:
+        PlanError: nothing trains.
+    """
+    settings = recipe.training
+    at_once = settings.batch_size // (settings.accumulation * accelerator.num_processes)
+
+    def loss(count: int) -> Tensor:
+        *inputs, target = on_device(collate(data.train, range(min(count, size(data.train)))), accelerator.device)
+        with accelerator.autocast():
+            return data.loss(model(*inputs), target)
+
+    model.train()
+    try:
+        steps = settings.total_steps(size(data.train)) * settings.accumulation
+        device = accelerator.device if accelerator.device.type == "cuda" else None
+        return estimate(model, loss, max(1, at_once), steps, settings.optimizer, device)
+    finally:
+        model.eval()

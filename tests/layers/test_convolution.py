@@ -49,3 +49,22 @@ def test_only_uneven_or_unusual_edges_are_padded_beforehand() -> None:
         model = prepared(nn.Sequential(nn.Conv1d(4, 8, **geometry)), (torch.randn(1, 4, 7),))
         found.append(model[0].pads_beforehand)
     assert found == [False, False, False, True, False, True, True, True]
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 8, 3), nn.ConvTranspose2d(4, 8, 2, stride=2)], ids=str)
+def test_a_float_output_is_clamped_in_the_integer_twin_too(layer: nn.Module) -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.fft.fft2(nn.functional.relu(self.layer(x))).real
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, 6)
+    model = Network()
+    plan = ig.plan(model, target="tensorrt", scheme="w8a8", example_inputs=(x,))
+    assert plan.layers[0].output is None and plan.layers[0].clamp is not None
+    ig.calibrate(ig.prepare(model, plan), [x])
+    assert_equal(ig.convert(model)(x), model.eval()(x).detach())

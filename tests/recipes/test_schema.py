@@ -52,7 +52,8 @@ def test_a_good_recipe_says_what_it_says() -> None:
         (
             "  lr: 1e-3",
             "  optimizer: adamv",
-            "recipe.yaml:9: training.optimizer: expected one of adamw, adam, sgd, not 'adamv'. Did you mean 'adam'?",
+            "recipe.yaml:9: training.optimizer: expected one of adamw, adamw8bit, adam, sgd, not 'adamv'. "
+            "Did you mean 'adam'?",
         ),
         ("data: digits", "data: 3", "recipe.yaml:2: data: expected a name, or the keys name and arguments."),
         ("data: digits", "data: {nam: x}", "recipe.yaml:2: data.nam: unknown key. Did you mean 'name'?"),

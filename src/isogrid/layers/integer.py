@@ -117,15 +117,23 @@ class IntegerLayer(WeightOfCodes, IntegerModule):
         weight: int8 codes; weight_scale: float32 [channels].
         bias: int32 codes [channels] at input scale * weight_scale.
         input, output: grids; no output grid leaves the output float.
+        clamp: of a float output, or None.
     """
 
     weight_scale: Tensor
     bias: Tensor
 
     def __init__(
-        self, weight: Tensor, weight_scale: Tensor, bias: Tensor, input: StaticGrid, output: StaticGrid | None
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor,
+        input: StaticGrid,
+        output: StaticGrid | None,
+        clamp: Clamp | None = None,
     ) -> None:
         super().__init__()
+        self.clamp = clamp
         self.add_codes(weight)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
@@ -143,6 +151,13 @@ class IntegerLayer(WeightOfCodes, IntegerModule):
         """Whether the output is quantised."""
         return "output" in self.limits
 
+    def clamped(self, y: Tensor) -> Tensor:
+        """A float output within its bounds."""
+        if self.clamp is None:
+            return y
+        with uncounted():
+            return y.clamp(self.clamp.low, self.clamp.high)
+
 
 class IntegerLinear(IntegerLayer):
     """Linear on codes, x [..., in] to [..., out]."""
@@ -150,21 +165,8 @@ class IntegerLinear(IntegerLayer):
     def forward(self, input: Tensor) -> Tensor:
         operands = (self.quantized("input", input), *self.grid("input"), self.codes, self.weight_scale, self.bias)
         if not self.has_output_grid:
-            return ops.static_linear_float(*operands)  # type: ignore[no-any-return]
+            return self.clamped(ops.static_linear_float(*operands))
         return self.dequantized("output", ops.static_linear(*operands, *self.grid("output"), *self.limits["output"]))
-
-
-class IntegerFloatClampLinear(IntegerLinear):
-    """Linear on codes with float output, and a clamp behind it."""
-
-    def __init__(self, clamp: Clamp, *args: Any) -> None:
-        super().__init__(*args)
-        self.clamp = clamp
-
-    def forward(self, input: Tensor) -> Tensor:
-        y = super().forward(input)
-        with uncounted():
-            return y.clamp(self.clamp.low, self.clamp.high)
 
 
 class IntegerConvolution(IntegerLayer):
@@ -185,7 +187,7 @@ class IntegerConvolution(IntegerLayer):
         operands = (self.quantized("input", x), *self.grid("input"), self.codes, self.weight_scale, self.bias)
         geometry = (o.stride, o.padding, o.dilation, o.groups)
         if not self.has_output_grid:
-            return ops.static_convolution_float(*operands, *geometry)  # type: ignore[no-any-return]
+            return self.clamped(ops.static_convolution_float(*operands, *geometry))
         codes = ops.static_convolution(*operands, *self.grid("output"), *geometry, *self.limits["output"])
         return self.dequantized("output", codes)
 

@@ -208,8 +208,8 @@ class QuantizedLayer(nn.Module):
         return fold(per_channel, x_scale, bias, norm, None if _stores_float32(fmt) else fmt.scale.grid)
 
     @torch.no_grad()
-    def integer_parts(self) -> tuple[Tensor, Tensor, Tensor, StaticGrid, StaticGrid | None]:
-        """Weight codes, folded scale, bias codes, input and output grid, as deployment stores them."""
+    def integer_parts(self) -> tuple[Tensor, Tensor, Tensor, StaticGrid, StaticGrid | None, Clamp | None]:
+        """Weight codes, folded scale, bias codes, input and output grid, and the clamp of a float output."""
         assert self.input_quantizer is not None
         input_grid = static_grid(self.input_quantizer)
         weight, shift = self.operands()
@@ -220,10 +220,10 @@ class QuantizedLayer(nn.Module):
         grid: Any = self.weight_quantizer.format.grid
         codes = grid.round(weight / signed).to(torch.int8)
         bias = arithmetic.quantize_bias(folded.shift, input_grid.scale, folded.scale)
-        output = None
-        if self.output_quantizer is not None:
-            output = static_grid(self.output_quantizer).clamped(self.clamp)
-        return codes, folded.scale.clone(), bias, input_grid, output
+        if self.output_quantizer is None:
+            return codes, folded.scale.clone(), bias, input_grid, None, self.clamp
+        output = static_grid(self.output_quantizer).clamped(self.clamp)
+        return codes, folded.scale.clone(), bias, input_grid, output, None
 
     def to_integer(self) -> nn.Module:
         """The layer that computes on codes."""

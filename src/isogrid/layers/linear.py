@@ -6,7 +6,7 @@ from torch import nn
 from isogrid.formats import PerGroup
 from isogrid.layers.bitnet import TernaryLinear, is_ternary
 from isogrid.layers.bitnet_activations import BitNetActivations
-from isogrid.layers.integer import IntegerFloatClampLinear, IntegerLinear, PackedLinear
+from isogrid.layers.integer import IntegerLinear, PackedLinear
 from isogrid.layers.layer import QuantizedLayer
 from isogrid.layers.nbits import pack_matmul_nbits
 from isogrid.layers.operations import BilinearOperation, LinearOperation
@@ -28,10 +28,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             return self.to_half()
         if self.arithmetic == "float":
             return self._packed() if self.packs_nbits else self._stored()
-        parts = self.integer_parts()
-        if self.output_quantizer is None and self.clamp is not None:
-            return IntegerFloatClampLinear(self.clamp, *parts)
-        return IntegerLinear(*parts)
+        return IntegerLinear(*self.integer_parts())
 
     @torch.no_grad()
     def _stored(self) -> nn.Module:

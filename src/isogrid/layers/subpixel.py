@@ -122,6 +122,6 @@ class IntegerTransposedConvolution(IntegerLayer):
         steps = [1] * len(self.kernel)
         space = (steps, [*geometry.before, *geometry.after], geometry.dilation, operation.groups)
         if not self.has_output_grid:
-            return geometry.interleaved(ops.static_convolution_float(*operands, *space))
+            return self.clamped(geometry.interleaved(ops.static_convolution_float(*operands, *space)))
         codes = ops.static_convolution(*operands, *self.grid("output"), *space, *self.limits["output"])
         return ops.dequantize(geometry.interleaved(self._watched("output", codes)), *self.grid("output"))  # type: ignore[no-any-return]

@@ -276,14 +276,12 @@ class _Run:
         advice = f"{advice} What was trained before is kept."
         with explained_memory(f"Block {path!r}", advice, self.source.model.parameters()):
             block = self.source.open(index)
-            parameters = groups_of(
-                block, self.settings.lr, self.settings.weight_decay, self.settings.scale_lr
-            )
-            if not parameters:
+            if not any(parameter.requires_grad for parameter in block.parameters()):
                 raise PlanError(
                     f"Block {path!r} has nothing to train: all of its parameters are frozen. Call requires_grad_(True) "
                     "on them, or leave the block out by a pattern."
                 )
+            parameters = groups_of(block, self.settings.lr, self.settings.weight_decay, self.settings.scale_lr)
             optimizer = make_optimizer(self.settings.optimizer, parameters)
             started = files.read_step(index, block, optimizer)
             if started is None:

@@ -29,6 +29,9 @@ training: {{steps: 4, batch_size: 2, checkpoint_every: 2, log_every: 1, activati
 output: {output}
 """
 
+LOOKS = 6
+"""How often a run computes the loss before it trains, to say what it will take."""
+
 
 class Killed(BaseException):
     """The process ends."""
@@ -97,14 +100,15 @@ def test_a_killed_run_ends_as_if_it_was_not(
     assert whole["model.layers.1.mlp.up_proj.weight"].dtype == torch.uint8
 
 
+@pytest.mark.parametrize(("call", "where"), [(1, "A look at the first examples"), (LOOKS + 3, "Step 3")])
 def test_running_out_of_memory_in_the_loop_says_what_to_change(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: int, where: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
 
     def exhausted(*arguments: object) -> torch.Tensor:
         calls.append(arguments)
-        if len(calls) == 3:
+        if len(calls) == call:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return original(*arguments)
 
@@ -112,11 +116,11 @@ def test_running_out_of_memory_in_the_loop_says_what_to_change(
 
     original = language.token_loss
     monkeypatch.setattr(language, "token_loss", exhausted)
-    with pytest.raises(MemoryExhaustedError, match=r"Step 3 ran out of memory.*activation_checkpointing"):
+    with pytest.raises(MemoryExhaustedError, match=f"{where} ran out of memory.*activation_checkpointing"):
         run(recipe(folder, tmp_path))
     monkeypatch.undo()
     monkeypatch.setattr("isogrid.recipes.runner.finish", lambda *arguments: None)
-    run(recipe(folder, tmp_path), resume=True)  # the checkpoint of step 2 is whole
+    run(recipe(folder, tmp_path), resume=True)  # what was written before is whole
 
 
 def test_what_makes_no_sense_together_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from isogrid.recipes.data import Data, collate, size
-from isogrid.recipes.loop import on_device
+from isogrid.recipes.loop import LESS_MEMORY, on_device
 from isogrid.recipes.schema import Recipe
 from isogrid.training.estimating import Estimate, estimate
+from isogrid.training.memory import explained_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,6 +25,7 @@ def estimated(recipe: Recipe, model: nn.Module, data: Data, accelerator: "Accele
 
     Raises:
         PlanError: nothing trains.
+        MemoryExhaustedError: half of a batch does not fit into memory.
     """
     settings = recipe.training
     at_once = settings.batch_size // (settings.accumulation * accelerator.num_processes)
@@ -37,6 +39,7 @@ def estimated(recipe: Recipe, model: nn.Module, data: Data, accelerator: "Accele
     try:
         steps = settings.total_steps(size(data.train)) * settings.accumulation
         device = accelerator.device if accelerator.device.type == "cuda" else None
-        return estimate(model, loss, max(1, at_once), steps, settings.optimizer, device)
+        with explained_memory("A look at the first examples", LESS_MEMORY, model.parameters()):
+            return estimate(model, loss, max(1, at_once), steps, settings.optimizer, device)
     finally:
         model.eval()

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from isogrid.errors import NonFiniteError, NotCalibratedError, PlanError
 from isogrid.initialization.network import ExampleInputs, can_write_weight, network_of
 from isogrid.initialization.rotation import Turn, chosen_rotations, move_gains, turned_weight, turns_of
-from isogrid.initialization.spaces import Space, spaces_of
+from isogrid.initialization.spaces import Space, nothing_turns, spaces_of
 from isogrid.planning.plan import Plan
 from isogrid.planning.prepare import prepare
 from isogrid.planning.site_weights import weight_at
@@ -126,7 +126,7 @@ def _with_turned_weights(
     with network_of(model, example_inputs) as network:
         spaces, kept = spaces_of(network)
         if not spaces:
-            raise PlanError("Nothing in the model can be turned." + "".join(f" {name}: {why}." for name, why in kept))
+            raise nothing_turns(kept)
         for space in spaces:
             move_gains(network, space)
     start = chosen_rotations(spaces, {}, Generator().manual_seed(seed))

@@ -15,6 +15,7 @@ from isogrid.initialization.norms import Norm, norm_of
 from isogrid.layers.intercept import own_class
 from isogrid.layers.weights import computes_weight, weight_key
 from isogrid.planning.capture import capture
+from isogrid.planning.evaluating import evaluating
 from isogrid.planning.exchange import apart
 from isogrid.planning.graph import Call, Graph
 from isogrid.planning.lending import lending
@@ -181,15 +182,9 @@ def unless_it_differs(model: nn.Module, example_inputs: ExampleInputs) -> Iterat
 
 
 def _outputs(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            named = isinstance(example_inputs, Mapping)
-            result = model(**example_inputs) if named else model(*example_inputs)  # type: ignore[arg-type]
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
+    with evaluating(model), torch.no_grad():
+        named = isinstance(example_inputs, Mapping)
+        result = model(**example_inputs) if named else model(*example_inputs)  # type: ignore[arg-type]
     return [x.double() for x in tensors_in(result) if x.is_floating_point()]
 
 

@@ -16,7 +16,7 @@ from isogrid.errors import PlanError
 from isogrid.initialization.network import ExampleInputs, Network, network_of, unless_it_differs
 from isogrid.initialization.orthogonal import random_rotation, rotation_around_the_mean
 from isogrid.initialization.rewriting import Rewriting
-from isogrid.initialization.spaces import Space, spaces_of
+from isogrid.initialization.spaces import Space, nothing_turns, spaces_of
 from isogrid.layers.hadamard import HadamardLinear, block_for, turned
 from isogrid.layers.layer import replacement
 from isogrid.planning.exchange import exchange
@@ -76,7 +76,7 @@ def rotate(
     with network_of(model, example_inputs) as network:
         spaces, kept = spaces_of(network)
         if not spaces and not patterns:
-            raise PlanError("Nothing in the model can be turned." + "".join(f" {name}: {why}." for name, why in kept))
+            raise nothing_turns(kept)
         chosen = chosen_rotations(spaces, rotations or {}, generator)
         with unless_it_differs(model, example_inputs):
             for space in spaces:

@@ -17,6 +17,7 @@ from isogrid.initialization.network import ExampleInputs, Network, network_of, u
 from isogrid.initialization.rewriting import Rewriting
 from isogrid.layers.clamp import Clamp
 from isogrid.planning.arguments import Arguments, arguments_of
+from isogrid.planning.evaluating import evaluating
 from isogrid.planning.graph import Call
 from isogrid.planning.rules import nearest
 
@@ -168,17 +169,12 @@ def _largest_inputs(
 ) -> dict[_Channel, Tensor]:
     """The largest magnitudes in channels, float64 [channels]."""
     largest: dict[_Channel, Tensor] = {}
-    flags = {module: module.training for module in model.modules()}
     seen = 0
-    try:
-        with torch.no_grad(), _watching(model.eval(), channels, largest):
-            for batch in batches:
-                positional, named = arguments.filled(arguments.of_batch(batch))
-                model(*positional, **named)
-                seen += 1
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
+    with evaluating(model), torch.no_grad(), _watching(model, channels, largest):
+        for batch in batches:
+            positional, named = arguments.filled(arguments.of_batch(batch))
+            model(*positional, **named)
+            seen += 1
     if not seen:
         raise NotCalibratedError("There is no batch to see activations in. Pass at least one.")
     for channel in channels:

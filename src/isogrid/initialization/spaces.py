@@ -5,9 +5,10 @@ behind norms read it. The values of attention lie between the layer that makes t
 weighted means, one space for each head.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from isogrid.errors import PlanError
 from isogrid.initialization.network import Network
 from isogrid.planning.graph import Call
 
@@ -46,6 +47,11 @@ def spaces_of(network: Network) -> tuple[list[Space], list[tuple[str, str]]]:
         else:
             kept.append(each)
     return found, kept
+
+
+def nothing_turns(kept: Sequence[tuple[str, str]]) -> PlanError:
+    """The error for a network without spaces, with the reasons."""
+    return PlanError("Nothing in the model can be turned." + "".join(f" {name}: {why}." for name, why in kept))
 
 
 @dataclass

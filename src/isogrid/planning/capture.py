@@ -46,6 +46,7 @@ from isogrid.planning.classify import (
     why_float,
     why_module_is_float,
 )
+from isogrid.planning.evaluating import evaluating
 from isogrid.planning.graph import Call, Graph
 from isogrid.planning.lending import take_back
 from isogrid.planning.moving import moves
@@ -76,7 +77,7 @@ def capture(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any])
             "on the meta device too, or materialise the model: model.to_empty(device='cpu'), then load a checkpoint."
         )
     inputs = tuple(recorder.new_value(tensor) for tensor in tensors)
-    with _evaluating(model), _no_fast_path(), torch.no_grad(), states_of(model) as states, recorder.looking_on():
+    with evaluating(model), _no_fast_path(), torch.no_grad(), states_of(model) as states, recorder.looking_on():
         try:
             result = model(*positional, **named)
         except Exception as error:
@@ -351,18 +352,6 @@ def _name(func: Any) -> str:
 def _version(tensor: Tensor) -> int:
     """Counts writes to a tensor, through views too."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every module's own flag again afterwards."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
 
 
 @contextmanager

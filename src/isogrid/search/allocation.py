@@ -23,6 +23,14 @@ class Option:
     error: float
 
 
+def too_small(budget: float, smallest: float) -> PlanError:
+    """The error for a budget below what the smallest options take, both in bits."""
+    return PlanError(
+        f"A budget of {budget:,.0f} bits is too small: the smallest formats take {smallest:,.0f}. "
+        "Raise it, or allow formats with fewer bits."
+    )
+
+
 def allocate(options: Sequence[Sequence[Option]], budget: float) -> list[Option]:
     """One option for each thing, with a total of at most `budget` bits and the least total error, near enough.
 
@@ -45,10 +53,7 @@ def allocate(options: Sequence[Sequence[Option]], budget: float) -> list[Option]
     chosen = [0] * len(hulls)
     left = budget - sum(hull[0].bits for hull in hulls)
     if left < 0:
-        raise PlanError(
-            f"A budget of {budget:,.0f} bits is too small: the smallest formats take {budget - left:,.0f}. "
-            "Raise it, or allow formats with fewer bits."
-        )
+        raise too_small(budget, budget - left)
     steps = [(-_gain(*hull[:2]), index) for index, hull in enumerate(hulls) if len(hull) > 1]
     heapq.heapify(steps)
     while steps:

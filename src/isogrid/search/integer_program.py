@@ -7,7 +7,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from isogrid.errors import PlanError
-from isogrid.search.allocation import Option
+from isogrid.search.allocation import Option, too_small
 
 
 def optimum(options: Sequence[Sequence[Option]], budget: float) -> list[Option]:
@@ -30,10 +30,7 @@ def optimum(options: Sequence[Sequence[Option]], budget: float) -> list[Option]:
     """
     smallest = sum(min(option.bits for option in each) for each in options)
     if smallest > budget:
-        raise PlanError(
-            f"A budget of {budget:,.0f} bits is too small: the smallest formats take {smallest:,.0f}. "
-            "Raise it, or allow formats with fewer bits."
-        )
+        raise too_small(budget, smallest)
     flat = [(thing, option) for thing, each in enumerate(options) for option in each]
     things = np.array([thing for thing, _ in flat])
     bits, errors = (np.array([getattr(option, name) for _, option in flat]) for name in ("bits", "error"))

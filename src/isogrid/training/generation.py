@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.errors import DistillationError
+from isogrid.planning.evaluating import evaluating
 from isogrid.training.outputs import logits_of
-from isogrid.training.teachers import evaluating
 
 GREEDY = (3, 4, 5)
 """How many tokens after the first are the most probable ones; sequences take turns."""

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from isogrid.errors import DistillationError
 from isogrid.formats import Quantized, named_format
 from isogrid.layers.coded import CodedLinear
+from isogrid.planning.evaluating import evaluating
 from isogrid.planning.state import STEP_NAME, is_prepared, quantizers
 from isogrid.quantizers import Quantizer
 
@@ -167,19 +168,6 @@ def in_float(model: nn.Module) -> Iterator[None]:
     finally:
         for quantizer, was in zip(found, enabled, strict=True):
             quantizer.enabled = was
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """While open, a model is in evaluation mode."""
-    modules = list(model.modules())
-    training = [module.training for module in modules]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in zip(modules, training, strict=True):
-            module.training = was
 
 
 def _original(name: str, tensor: Tensor, weights: Mapping[str, Tensor] | None) -> Tensor:

@@ -1,5 +1,6 @@
 """Memory in training: what runs out of it, and how many bytes tensors hold."""
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -101,6 +102,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device | None = Non
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
+    gc.collect()  # garbage of before, freed while the function runs, would count as memory given back
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     with _quiet_errors():
         profile.start()

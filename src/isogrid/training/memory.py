@@ -102,7 +102,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device | None = Non
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
-    gc.collect()  # garbage of before, freed while the function runs, would count as memory given back
+    gc.collect()  # garbage of an earlier measurement, freed while the function runs, would count as given back
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     with _quiet_errors():
         profile.start()

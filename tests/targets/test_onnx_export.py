@@ -1,5 +1,6 @@
 """What is exported computes, in ONNX Runtime, what the module computes: every bit."""
 
+import logging
 from collections import Counter
 from pathlib import Path
 
@@ -194,3 +195,18 @@ def test_a_module_is_found_by_parts_of_its_path() -> None:
     whole = ["encoder", "encoder.stages.0", "encoder.stages.0.layers.1", "encoder.stages.0.layers.1.convolution"]
     assert path(*whole) == "encoder.stages.0.layers.1.convolution"
     assert path("encoder", "head") == "head"  # one module calls another's
+
+
+def test_constants_that_cannot_be_folded_are_not_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
+    class Gathering(nn.Module):
+        """ONNX's reference evaluator gathers from no more than 32 constants."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("row", torch.zeros(1, 64, dtype=torch.int64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.gather(self.row, 1, self.row[:, :48])
+
+    to_onnx(Gathering().eval(), (torch.zeros(2, 48),))
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

@@ -68,8 +68,8 @@ def to_onnx(
             input_names=input_names,
             output_names=output_names,
         )
-    assert program is not None
-    return finish(program.model, passes, {path for path, _ in module.named_modules(remove_duplicate=False)})
+        assert program is not None
+        return finish(program.model, passes, {path for path, _ in module.named_modules(remove_duplicate=False)})
 
 
 def _written_form(module: nn.Module) -> nn.Module | None:

@@ -1,11 +1,12 @@
 """What training a language model on a 2-bit grid takes in memory: in float, all of it, one block at a time.
 
-The model is of Llama's architecture, with many blocks. Every row trains a copy of it for the same steps, in a process
-of its own. The peak is what PyTorch's allocator holds at the worst moment: weights, gradients, optimizer state,
-activations and whatever is made on the way.
+The model is of Llama's architecture. Every row trains a copy of it for the same steps, in a process of its own. Its
+peak is what the model takes before, parameters and buffers, and what PyTorch's allocator hands out in training at the
+worst moment: gradients, optimizer state, activations and whatever is made on the way.
 
     python benchmarks/low_memory.py
     python benchmarks/low_memory.py --blocks 48 --hidden 512 --json low_memory.json
+    python benchmarks/low_memory.py --row blockwise
 """
 
 import argparse
@@ -55,58 +56,100 @@ def batches(arguments: argparse.Namespace) -> list[dict[str, Tensor]]:
     return [{"input_ids": torch.randint(0, 256, shape, generator=generator)} for _ in range(arguments.steps)]
 
 
-def train(model: Any, optimizer: torch.optim.Optimizer, data: list[dict[str, Tensor]]) -> None:
-    model.train()
-    for batch in data:
-        optimizer.zero_grad()
-        model(**batch, labels=batch["input_ids"]).loss.backward()
-        optimizer.step()
+Training = tuple[nn.Module, Callable[[], object]]
+"""A model, and what trains it."""
 
 
-def in_float(arguments: argparse.Namespace, optimizer: str) -> None:
+def training(model: Any, optimizer: str, groups: list[dict[str, Any]], data: list[dict[str, Tensor]]) -> Training:
+    def train() -> None:
+        stepper = make_optimizer(optimizer, groups)
+        model.train()
+        for batch in data:
+            stepper.zero_grad()
+            model(**batch, labels=batch["input_ids"]).loss.backward()
+            stepper.step()
+
+    return model, train
+
+
+def in_float(arguments: argparse.Namespace, optimizer: str, weights: Path) -> Training:
     model = float_model(arguments)
-    train(model, make_optimizer(optimizer, [{"params": list(model.parameters()), "lr": 1e-5}]), batches(arguments))
+    return training(model, optimizer, [{"params": list(model.parameters()), "lr": 1e-5}], batches(arguments))
+
+
+def rules(arguments: argparse.Namespace) -> list[ig.Rule]:
+    # The extremes, for a range by least squared error has an hour of its own and no gradient to keep.
+    return [ig.Rule(match="lm_head", keep="float"), ig.Rule(match="Linear", range="minmax")]
 
 
 def prepared(arguments: argparse.Namespace) -> Any:
     model = float_model(arguments)
-    # The extremes, for a range by least squared error has an hour of its own and no gradient to keep.
-    rules = [ig.Rule(match="Linear", range="minmax"), ig.Rule(match="lm_head", keep="float")]
-    plan = ig.plan(model, scheme="w2a16-asym", rules=rules[::-1], example_inputs=batches(arguments)[0])
+    plan = ig.plan(model, scheme="w2a16-asym", rules=rules(arguments), example_inputs=batches(arguments)[0])
     return ig.prepare(model, plan)
 
 
-def full(arguments: argparse.Namespace, optimizer: str, checkpointing: bool = False) -> None:
+def full(arguments: argparse.Namespace, optimizer: str, weights: Path, checkpointing: bool = False) -> Training:
     model = prepared(arguments)
     if checkpointing:
         ig.checkpoint_activations(model)
-    train(model, make_optimizer(optimizer, ig.parameter_groups(model, lr=1e-5)), batches(arguments))
+    return training(model, optimizer, ig.parameter_groups(model, lr=1e-5), batches(arguments))
 
 
-def blockwise(arguments: argparse.Namespace, optimizer: str) -> None:
-    ig.train_blockwise(prepared(arguments), batches(arguments), ig.Blockwise(epochs=1, optimizer=optimizer))
+def scales(arguments: argparse.Namespace, optimizer: str, weights: Path) -> Training:
+    model = prepared(arguments)
+    ig.freeze_codes(model)
+    return training(model, optimizer, ig.parameter_groups(model, lr=1e-5), batches(arguments))
 
 
-def on_disk(arguments: argparse.Namespace, optimizer: str, weights: Path) -> None:
+def blockwise(arguments: argparse.Namespace, optimizer: str, weights: Path) -> Training:
+    model, settings = prepared(arguments), ig.Blockwise(epochs=1, optimizer=optimizer)
+    return model, lambda: ig.train_blockwise(model, batches(arguments), settings)
+
+
+def on_disk(arguments: argparse.Namespace, optimizer: str, weights: Path) -> Training:
     from accelerate import init_empty_weights
     from transformers import LlamaForCausalLM
 
     with init_empty_weights():
         model = LlamaForCausalLM(config(arguments))
-    rules = [ig.Rule(match="lm_head", keep="float"), ig.Rule(match="Linear", range="minmax")]
-    data = batches(arguments)
-    plan = ig.plan(model, scheme="w2a16-asym", rules=rules, example_inputs=data[0])
-    settings = ig.Blockwise(epochs=1, optimizer=optimizer)
-    with tempfile.TemporaryDirectory() as folder:
-        ig.train_blockwise_on_disk(model, plan, weights, data, settings, folder=folder)
+    data, settings = batches(arguments), ig.Blockwise(epochs=1, optimizer=optimizer)
+    plan = ig.plan(model, scheme="w2a16-asym", rules=rules(arguments), example_inputs=data[0])
+    folder = weights / "run"
+    return model, lambda: ig.train_blockwise_on_disk(model, plan, weights, data, settings, folder=folder)
 
 
-ROWS: dict[str, tuple[str, str, Callable[..., None]]] = {
+def qlora_of_peft(arguments: argparse.Namespace, optimizer: str, weights: Path) -> Training:
+    import peft
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    options = {"quantization_config": four_bits, "device_map": "cpu", "dtype": torch.float32}
+    model = LlamaForCausalLM.from_pretrained(weights, **options).requires_grad_(False)
+    adapters = peft.LoraConfig(r=16, lora_alpha=32, target_modules=LAYERS)
+    adapted = peft.get_peft_model(model, adapters)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    return training(adapted, optimizer, [{"params": trained, "lr": 1e-5}], batches(arguments))
+
+
+def qlora(arguments: argparse.Namespace, optimizer: str, weights: Path) -> Training:
+    model = float_model(arguments)
+    plan = ig.plan(model, target="bitsandbytes", scheme="nf4-double", example_inputs=batches(arguments)[0])
+    ig.add_adapters(ig.prepare(model, plan), 16, 32, [f"*.{name}" for name in LAYERS], method="qlora")
+    return training(model, optimizer, ig.parameter_groups(model, lr=1e-5), batches(arguments))
+
+
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+ROWS: dict[str, tuple[str, str, Callable[..., Training]]] = {
     "float": ("float, all weights", "adamw", in_float),
     "full": ("QAT, all weights", "adamw", full),
-    "full-checkpointed": ("QAT, activation checkpointing", "adamw", lambda a, o: full(a, o, True)),
+    "full-checkpointed": ("QAT, activation checkpointing", "adamw", lambda a, o, w: full(a, o, w, True)),
     "full-8bit": ("QAT, all weights", "adamw8bit", full),
+    "scales": ("QAT, scales over codes", "adamw", scales),
+    "qlora": ("QLoRA, rank 16", "adamw", qlora),
+    "qlora-peft": ("QLoRA, rank 16: PEFT and bitsandbytes", "adamw", qlora_of_peft),
     "blockwise": ("block-wise, model in memory", "adamw", blockwise),
+    "blockwise-8bit": ("block-wise, model in memory", "adamw8bit", blockwise),
     "disk": ("block-wise from shards", "adamw", on_disk),
     "disk-8bit": ("block-wise from shards", "adamw8bit", on_disk),
 }
@@ -116,23 +159,22 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     """One row, in this process."""
     _, optimizer, function = ROWS[name]
     with tempfile.TemporaryDirectory() as folder:
-        more: tuple[Path, ...] = ()
-        if function is on_disk:
-            float_model(arguments).save_pretrained(folder, max_shard_size="4MB")
-            more = (Path(folder),)
+        float_model(arguments).save_pretrained(folder, max_shard_size="64MB")
         if "8bit" in optimizer:  # compiled once, or the compiler's tensors count
             weight = nn.Parameter(torch.zeros(64, 64))
             weight.grad = torch.zeros_like(weight)
             make_optimizer(optimizer, [{"params": [weight], "lr": 1e-5}]).step()
+        model, train = function(arguments, optimizer, Path(folder))
+        held = tensor_bytes([*model.parameters(), *model.buffers()])
         start = time.perf_counter()
-        peak = peak_bytes(lambda: function(arguments, optimizer, *more))
-        return {"peak": peak, "seconds": time.perf_counter() - start}
+        added = peak_bytes(train)
+        return {"model": held, "added": added, "seconds": time.perf_counter() - start}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=24)
-    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--sequences", type=int, default=2)
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--steps", type=int, default=2)
@@ -145,15 +187,15 @@ def main() -> None:
     model = float_model(arguments)
     block, whole = tensor_bytes(model.model.layers[0].parameters()), tensor_bytes(model.parameters())
     del model
-    table = Table("training", "optimizer", "peak [MiB]", "of the model", "blocks", "seconds")
+    table = Table("training", "optimizer", "model [MiB]", "and training [MiB]", "in blocks", "peak [MiB]", "seconds")
     rows = []
     for name, (title, optimizer, _) in ROWS.items():
         done = subprocess.run([sys.executable, *sys.argv, "--row", name], capture_output=True, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
-        rows.append({"row": name, **found, "block": block, "model": whole})
-        peak = found["peak"]
-        table.add_row(title, optimizer, f"{peak / 2**20:.1f}", f"{peak / whole:.2f}", f"{peak / block:.1f}",
-                      f"{found['seconds']:.0f}")  # fmt: skip
+        rows.append({"row": name, **found, "block": block, "float": whole})
+        held, added = found["model"], found["added"]
+        table.add_row(title, optimizer, f"{held / 2**20:.1f}", f"{added / 2**20:.1f}", f"{added / block:.2f}",
+                      f"{(held + added) / 2**20:.1f}", f"{found['seconds']:.0f}")  # fmt: skip
     print(f"{arguments.blocks} blocks of {block / 2**20:.2f} MiB, a model of {whole / 2**20:.1f} MiB in float32")
     Console().print(table)
     if arguments.json is not None:

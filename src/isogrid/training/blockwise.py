@@ -23,7 +23,7 @@ from isogrid.training.block_sources import BlockSource, InMemory, OnDisk
 from isogrid.training.blocks import Call, Caller, find_blocks
 from isogrid.training.calibration import check_not_empty, run_batch
 from isogrid.training.memory import explained_memory
-from isogrid.training.optimizers import make_optimizer, set_rate
+from isogrid.training.optimizers import make_optimizer, set_rate, stepping_in_backward
 from isogrid.training.parameters import groups_of
 from isogrid.training.shards import Shards
 
@@ -100,8 +100,8 @@ def train_blockwise(
 
     Each block learns to return what it returns in float: the float block is given float inputs, the quantised one the
     outputs of the quantised blocks before it, and the mean squared error trains its weights, scales and, with the
-    estimator `efficientqat`, zero points. Gradients and optimizer state are those of one block at a time. Dropout is
-    off. What lies around the blocks is not trained.
+    estimator `efficientqat`, zero points. Optimizer state is there for one block at a time, a gradient for one layer.
+    Dropout is off. What lies around the blocks is not trained.
 
     Args:
         model: prepared and calibrated.
@@ -290,8 +290,8 @@ class _Run:
                 # Where a run fails later on, this process may go on from here too, whose block has moved by then.
                 files.write_step(index, 0, block, optimizer, [])
             start, losses = started or (0, [])
-            losses += self._train(index, block, optimizer, start, losses)
-            optimizer.zero_grad()
+            with stepping_in_backward(optimizer):
+                losses += self._train(index, block, optimizer, start, losses)
             if index + 1 < len(self.source.paths):
                 self._pass(index, block, "quantized")
             self.source.close(index, block, files)
@@ -330,8 +330,6 @@ class _Run:
             target = self._hidden(index + 1, "float", number)
             loss = F.mse_loss(output.float(), target.float())
             loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            optimizer.zero_grad()
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 raise NonFiniteError(f"The loss of block {path!r} is {losses[-1]} at step {step + 1}. Lower its rates.")

@@ -54,7 +54,7 @@ mixed = st.one_of(floats, st.floats(-4, 4, width=32), st.just(0.0))
 
 
 @given(st.lists(mixed, min_size=1, max_size=60), st.randoms(use_true_random=False), st.integers(1, 7))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_neither_order_nor_batching_changes_a_bit(values: list[float], random, size: int):
     whole = observed(torch.tensor(values), bins=64)
     random.shuffle(values)
@@ -65,7 +65,7 @@ def test_neither_order_nor_batching_changes_a_bit(values: list[float], random, s
 
 
 @given(st.lists(mixed, min_size=1, max_size=60))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_bins_are_those_of_exact_arithmetic(values: list[float]):
     observer = observed(torch.tensor(values), bins=16)
     reach = 2.0 ** int(observer.exponent)

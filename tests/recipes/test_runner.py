@@ -266,7 +266,6 @@ def test_two_processes_see_the_batches_of_one(tmp_path: Path, no_export: None, m
     finally:
         second.kill()
         torch.distributed.destroy_process_group()
-        AcceleratorState._reset_state(reset_partial_state=True)
     one, two = (scalars(tmp_path / name, "loss") for name in ("one", "two"))
     # The first loss differs by the order of a sum of 8 float32 values; codes that flip drive later ones apart.
     assert two[0] == pytest.approx(one[0], rel=1e-6)
@@ -276,11 +275,8 @@ def test_two_processes_see_the_batches_of_one(tmp_path: Path, no_export: None, m
 def test_bfloat16_computes_in_bfloat16_and_saves_in_float32(tmp_path: Path, no_export: None, whole: Path) -> None:
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        run(recipe(tmp_path / "bfloat16", RECIPE.replace("  steps", "  precision: bfloat16\n  steps")))
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the whole run
+    run(recipe(tmp_path / "bfloat16", RECIPE.replace("  steps", "  precision: bfloat16\n  steps")))
     half, full = (scalars(folder, "loss") for folder in (tmp_path / "bfloat16", whole))
     assert half != full
     # bfloat16 has 8 significant bits, so that a loss of order 1 is off by some thousandths before the runs drift apart.

@@ -123,7 +123,7 @@ GRIDS = {
 }
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     grid=st.sampled_from(sorted(GRIDS)),
     values=st.lists(st.floats(width=32), max_size=40),

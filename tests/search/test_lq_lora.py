@@ -16,7 +16,7 @@ from isogrid.search.integer_program import optimum
 OPTION = st.builds(Option, st.just("any"), st.integers(1, 50).map(float), st.integers(0, 100).map(float))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(OPTION, min_size=1, max_size=4), min_size=1, max_size=4), st.integers(4, 200))
 def test_no_other_choice_within_the_budget_is_better(options: list[list[Option]], budget: int) -> None:
     allowed = [choice for choice in product(*options) if sum(each.bits for each in choice) <= budget]

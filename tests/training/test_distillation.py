@@ -25,7 +25,7 @@ def written_out(student: Tensor, teacher: Tensor, temperature: float, reverse: f
     return rows[mask].mean()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.sampled_from([0.5, 1.0, 4.0]), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 9), st.sampled_from([4, 1 << 20])
 )

@@ -2,6 +2,7 @@
 #
 #   make quickstart     train, quantise, export and verify on handwritten digits
 #   make test           the tests
+#   make coverage       the tests, and which lines and branches of the code they run: half as long again
 #   make check          lint, types, imports and the examples in the docstrings
 #   make docs           the documentation, in site/
 #   make test-runtimes  the proofs in heavy runtimes, each in an environment of its own, .venv-<runtime>
@@ -23,7 +24,7 @@ PYTHON ?= python3
 # A runtime is a file of constraints, an extra in pyproject.toml and tests/runtimes/test_<runtime>*.py.
 RUNTIMES ?= qemu $(patsubst constraints/%.txt,%,$(wildcard constraints/*.txt))
 
-.PHONY: help quickstart test test-runtimes lint types imports doctest check docs clean anew
+.PHONY: help quickstart test coverage test-runtimes lint types imports doctest check docs clean anew
 .SECONDARY:
 .DELETE_ON_ERROR:
 
@@ -33,9 +34,13 @@ help:
 quickstart: .venv/runtime
 	$(BIN)/isogrid quickstart
 
-# A process a core, each with one thread: the tests' models are too small to share.
+# A process a core, each with one thread: the tests' models are too small to share. Each begins with files of its own, so that
+# what a file makes once for all of its tests is not made in every process.
 test: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests --numprocesses auto --cov $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests --numprocesses auto --dist worksteal $(ARGS)
+
+coverage: ARGS += --cov
+coverage: test
 
 test-runtimes: $(RUNTIMES:%=test-runtime-%)
 

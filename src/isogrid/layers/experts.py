@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from isogrid.layers.borrowed import TakenApart
 from isogrid.layers.integer import uncounted
 from isogrid.layers.layer import QuantizedLayer, link, replacement
+from isogrid.layers.made_classes import reduced
 from isogrid.layers.operations import BilinearOperation, GroupedOperation
 from isogrid.layers.stored import StoredLinear
 from isogrid.layers.weights import parameter_of
@@ -130,17 +131,12 @@ class SeparateExperts(TakenApart):
         return total
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (self.extending,), dict(self.__dict__)
+        return reduced(self, _separate, self.extending)
 
 
 @cache
 def _separate(kind: Any) -> type[nn.Module]:
     return type(f"Separate{kind.__name__}", (SeparateExperts, kind), {"extending": kind, "__module__": __name__})
-
-
-def _empty(kind: Any) -> nn.Module:
-    made = _separate(kind)
-    return made.__new__(made)
 
 
 def are_stacked_experts(module: nn.Module) -> bool:

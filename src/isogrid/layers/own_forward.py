@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from isogrid.layers.intercept import Product, computed_product, run
 from isogrid.layers.layer import QuantizedLayer, link, replacement
+from isogrid.layers.made_classes import reduced
 
 
 class OwnForward(QuantizedLayer):
@@ -50,7 +51,7 @@ class OwnForward(QuantizedLayer):
         return own
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (self.layer, self.extending), dict(self.__dict__)
+        return reduced(self, _extended, self.layer, self.extending)
 
 
 class IntegerOwnForward(nn.Module):
@@ -73,7 +74,7 @@ class IntegerOwnForward(nn.Module):
         return run(self.own, lambda product: self.around(compute, product.x), *args, **kwargs)  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty_integer, (type(self).__bases__[1],), dict(self.__dict__)
+        return reduced(self, _integer, type(self).__bases__[1])
 
 
 def extended(layer: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
@@ -96,13 +97,3 @@ def _extended(layer: Any, own: Any) -> type[nn.Module]:
 @cache
 def _integer(twin: Any) -> type[nn.Module]:
     return type(f"{twin.__name__}InOwnForward", (IntegerOwnForward, twin), {"__module__": __name__})
-
-
-def _empty(layer: type[nn.Module], own: type[nn.Module]) -> nn.Module:
-    kind = extended(layer, own)
-    return kind.__new__(kind)
-
-
-def _empty_integer(twin: Any) -> nn.Module:
-    kind = _integer(twin)
-    return kind.__new__(kind)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from isogrid.layers.embedding import QuantizedEmbedding
 from isogrid.layers.layer import replacement
+from isogrid.layers.made_classes import reduced
 
 
 class OwnTable(QuantizedEmbedding):
@@ -35,7 +36,7 @@ class OwnTable(QuantizedEmbedding):
         return own  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (self.user_class,), dict(self.__dict__)
+        return reduced(self, _extended, self.user_class)
 
 
 class StoredTable(nn.Module):
@@ -48,7 +49,7 @@ class StoredTable(nn.Module):
     kinds: ClassVar[tuple[type[nn.Module], type[nn.Module]]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty_stored, self.kinds, dict(self.__dict__)
+        return reduced(self, _stored, *self.kinds)
 
 
 def is_own_table(module: nn.Module) -> bool:
@@ -91,14 +92,3 @@ def _stored(own: Any, twin: Any) -> type[nn.Module]:
     between = type(f"{twin.__name__}Between", (twin, nn.Embedding), {})
     attributes = {"kinds": (own, twin), "__module__": __name__}
     return type(f"{twin.__name__}InOwnForward", (StoredTable, own, between), attributes)
-
-
-def _empty(own: type[nn.Module]) -> nn.Module:
-    kind = extended_table(own)
-    return kind.__new__(kind)
-
-
-def _empty_stored(own: type[nn.Module], twin: type[nn.Module]) -> nn.Module:
-    kinds: Any = own, twin
-    kind = _stored(*kinds)
-    return kind.__new__(kind)

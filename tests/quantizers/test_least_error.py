@@ -11,7 +11,8 @@ from torch import Tensor
 from isogrid.formats import Affine, Format, VectorGrid, named_format
 from isogrid.formats.format import extremes_affine
 from isogrid.quantizers import fitting
-from isogrid.quantizers.ranges import MSE, RMS, MinMax, gaussian_multiple
+from isogrid.quantizers.gaussian import gaussian_multiple
+from isogrid.quantizers.ranges import MSE, RMS, MinMax
 from tests.quantizers.helpers import FORMATS, decibel, errors, normal, normal_density
 
 

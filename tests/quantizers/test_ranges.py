@@ -9,6 +9,7 @@ import torch
 from isogrid.errors import FormatError, NonFiniteError, NotCalibratedError, PlanError
 from isogrid.formats import Affine, named_format
 from isogrid.quantizers.fitting import row_format
+from isogrid.quantizers.gaussian import gaussian_multiple
 from isogrid.quantizers.ranges import (
     MSE,
     RANGES,
@@ -21,7 +22,6 @@ from isogrid.quantizers.ranges import (
     MovingAverage,
     Percentile,
     Range,
-    gaussian_multiple,
     quantile,
     range_from_name,
     range_name,

@@ -6,7 +6,6 @@ A range is a frozen dataclass with one method, `fit`. A new one is one class her
 import re
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -25,10 +24,10 @@ from isogrid.quantizers.fitting import (
     mean,
     quantile,
     root_mean_square,
-    row_format,
     usable,
 )
-from isogrid.quantizers.least_error import VECTORS, least_error_affine
+from isogrid.quantizers.gaussian import gaussian_multiple
+from isogrid.quantizers.least_error import least_error_affine
 from isogrid.quantizers.nudged import nudged_affine
 
 
@@ -357,33 +356,6 @@ def range_name(range: Range) -> str:
             values = [(getattr(range, field.name), field.default) for field in fields(range)]
             return "".join([name, *(f"({value!r})" for value, default in values if value != default)])
     raise PlanError(f"{range} is not registered in isogrid.quantizers.ranges.RANGES, so it has no name.")
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def gaussian_multiple(fmt: Format) -> float:
-    """How many standard deviations the range with the least squared error reaches, for Gaussian data.
-
-    >>> from isogrid.formats import named_format
-    >>> round(gaussian_multiple(named_format("int4/group32:midrise")), 3)
-    2.514
-    """
-    return _gaussian_multiple(row_format(fmt))
-
-
-@lru_cache(maxsize=64)
-@torch.no_grad()
-def _gaussian_multiple(fmt: Format) -> float:
-    if fmt.grid.dimension == 1:
-        values = torch.linspace(-7.0, 7.0, 2**16 + 1)[None]
-        weights = torch.exp(-values.to(torch.float64).square() / 2)
-    else:
-        # A codebook holds neighbours together, so these must be independent: a fixed sample stands for the density.
-        values = torch.randn(1, fmt.grid.dimension * VECTORS, generator=torch.Generator().manual_seed(0))
-        weights = None
-    affine = least_error_affine(values, fmt, weights)
-    reach = bound(fmt.grid) if fmt.is_symmetric else (fmt.grid.highest - fmt.grid.lowest) / 2
-    assert affine.scale is not None
-    return affine.scale.item() * reach
 
 
 def _with_scale(scale: Tensor, rows: Tensor, fmt: Format) -> Affine:

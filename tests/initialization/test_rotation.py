@@ -163,5 +163,7 @@ def test_bad_input_to_learning_is_refused() -> None:
     plan = ig.plan(model, scheme="8da4w", example_inputs=(x,))
     with pytest.raises(NotCalibratedError, match="no batch"):
         ig.learn_rotations(model, plan, [], lambda y, x: y.sum(), example_inputs=(x,))
+    with pytest.raises(NotCalibratedError, match="Batch 1 is empty"):
+        ig.learn_rotations(model, plan, [x, x[:0]], lambda y, x: y.sum(), example_inputs=(x,))
     with pytest.raises(NonFiniteError, match="smaller lr"):
         ig.learn_rotations(model, plan, [x], lambda y, x: y.sum() * torch.nan, example_inputs=(x,))

@@ -85,6 +85,8 @@ def test_bad_input_leaves_the_model_as_it_was() -> None:
         ig.smooth(model, [x], example_inputs=(x,), match="fc*")
     with pytest.raises(NotCalibratedError, match="no batch"):
         ig.smooth(model, [], example_inputs=(x,))
+    with pytest.raises(NotCalibratedError, match="Batch 1 is empty"):
+        ig.smooth(model, [x, x[:0]], example_inputs=(x,))
     with pytest.raises(NonFiniteError, match=r"flows into 1\.gate"):
         ig.smooth(model, [x.masked_fill(x > 1, torch.nan)], example_inputs=(x,))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -9,10 +9,11 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils import parametrize
 
-from isogrid.errors import NonFiniteError, NotCalibratedError, PlanError
+from isogrid.errors import NonFiniteError, PlanError
 from isogrid.initialization.network import ExampleInputs, can_write_weight, network_of
 from isogrid.initialization.rotation import Turn, chosen_rotations, move_gains, turned_weight, turns_of
 from isogrid.initialization.spaces import Space, nothing_turns, spaces_of
+from isogrid.planning.batches import filled_batches, run_batch
 from isogrid.planning.plan import Plan
 from isogrid.planning.prepare import prepare
 from isogrid.planning.site_weights import weight_at
@@ -53,7 +54,7 @@ def learn_rotations(
 
     Raises:
         PlanError: nothing can be turned, or a layer that would be does not have its weight to itself.
-        NotCalibratedError: there are no batches.
+        NotCalibratedError: there are no batches, or one is empty.
         NonFiniteError: the loss is NaN or infinite.
 
     >>> import isogrid as ig
@@ -69,9 +70,7 @@ def learn_rotations(
     >>> {name: tuple(rotation.shape) for name, rotation in found.items()}
     {'0': (32, 32)}
     """
-    data = list(batches)
-    if not data:
-        raise NotCalibratedError("There is no batch to learn rotations with. Pass at least one.")
+    data = list(filled_batches(batches, "to learn rotations with"))
     copy = deepcopy(model).float().requires_grad_(False)
     spaces, rotations = _with_turned_weights(copy, example_inputs, seed)
     prepare(copy, plan).eval()
@@ -81,8 +80,7 @@ def learn_rotations(
         calibrate(copy)
         for name, quantizer in weight_quantizers(copy).items():
             quantizer.fit(weight_at(copy, plan, f"{name.rpartition('.')[0]}.weight").detach())
-        positional, named = plan.arguments.filled(plan.arguments.of_batch(batch))
-        found = loss(copy(*positional, **named), batch)
+        found = loss(run_batch(copy, batch, plan.arguments), batch)
         if not bool(found.isfinite()):
             raise NonFiniteError(f"The loss is {float(found.detach())}. Look at the batch, or take a smaller lr.")
         gradients = torch.autograd.grad(found, list(rotations), allow_unused=True)

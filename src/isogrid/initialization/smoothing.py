@@ -17,6 +17,7 @@ from isogrid.initialization.network import ExampleInputs, Network, network_of, u
 from isogrid.initialization.rewriting import Rewriting
 from isogrid.layers.clamp import Clamp
 from isogrid.planning.arguments import Arguments, arguments_of
+from isogrid.planning.batches import filled_batches, run_batch
 from isogrid.planning.evaluating import evaluating
 from isogrid.planning.graph import Call
 from isogrid.planning.rules import nearest
@@ -59,7 +60,7 @@ def smooth(
     Raises:
         PlanError: the model is prepared, no layer matches, or alpha is not in [0, 1].
         CaptureError: the model does not run on the example inputs, or the change does not cancel out.
-        NotCalibratedError: there are no batches.
+        NotCalibratedError: there are no batches, one is empty, or a layer saw nothing.
         NonFiniteError: an activation or a weight holds NaN or infinity.
 
     In each case the model is as it was.
@@ -169,14 +170,9 @@ def _largest_inputs(
 ) -> dict[_Channel, Tensor]:
     """The largest magnitudes in channels, float64 [channels]."""
     largest: dict[_Channel, Tensor] = {}
-    seen = 0
     with evaluating(model), torch.no_grad(), _watching(model, channels, largest):
-        for batch in batches:
-            positional, named = arguments.filled(arguments.of_batch(batch))
-            model(*positional, **named)
-            seen += 1
-    if not seen:
-        raise NotCalibratedError("There is no batch to see activations in. Pass at least one.")
+        for batch in filled_batches(batches, "to see activations in"):
+            run_batch(model, batch, arguments)
     for channel in channels:
         if channel not in largest:
             raise NotCalibratedError(f"{channel.readers[0]} saw nothing in the batches. Pass some that reach it.")

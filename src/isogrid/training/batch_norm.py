@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from isogrid.errors import NotCalibratedError, PlanError
+from isogrid.errors import PlanError
 from isogrid.layers.batch_norm import AbsorbedBatchNorm
+from isogrid.planning.batches import filled_batches, run_batch
+from isogrid.planning.evaluating import evaluating
 from isogrid.planning.state import prepared_state
-from isogrid.training.calibration import check_not_empty, run_batch
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -41,32 +42,24 @@ def reestimate_batch_norm(
     norms: list[Any] = [m for m in model.modules() if isinstance(m, NORMS) and m.running_mean is not None]
     if not norms:
         raise PlanError("The model has no batch norm with running statistics, so there is nothing to estimate.")
-    flags = {module: module.training for module in model.modules()}
     frozen = {norm: norm.statistics_are_frozen for norm in norms if isinstance(norm, AbsorbedBatchNorm)}
     momenta = {norm: norm.momentum for norm in norms}
-    seen = 0
-    try:
-        model.eval()
-        for norm in norms:
-            norm.momentum = None
-            norm.training = True  # of the norm alone, not of the quantizers that it may own
-        for norm in frozen:
-            norm.statistics_are_frozen = False
-        with torch.no_grad():
-            for batch in batches:
-                check_not_empty(batch, seen)
-                if not seen:
-                    for norm in norms:
-                        norm.reset_running_stats()
-                run_batch(model, batch, arguments) if forward is None else forward(model, batch)
-                seen += 1
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
-        for norm, flag in frozen.items():
-            norm.statistics_are_frozen = flag
-    if not seen:
-        raise NotCalibratedError("There is no batch to estimate statistics from. Pass at least one.")
+    with evaluating(model):
+        try:
+            for norm in norms:
+                norm.momentum = None
+                norm.training = True  # of the norm alone, not of the quantizers that it may own
+            for norm in frozen:
+                norm.statistics_are_frozen = False
+            with torch.no_grad():
+                for number, batch in enumerate(filled_batches(batches, "to estimate statistics from")):
+                    if not number:
+                        for norm in norms:
+                            norm.reset_running_stats()
+                    run_batch(model, batch, arguments) if forward is None else forward(model, batch)
+        finally:
+            for norm, momentum in momenta.items():
+                norm.momentum = momentum
+            for norm, flag in frozen.items():
+                norm.statistics_are_frozen = flag
     return model

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isogrid.errors import CheckpointError, NonFiniteError, NotCalibratedError, PlanError
+from isogrid.planning.batches import filled_batches, run_batch
 from isogrid.planning.plan import Plan
 from isogrid.planning.state import prepared_state, quantizers
 from isogrid.training.block_files import BlockFiles
 from isogrid.training.block_sources import BlockSource, InMemory, OnDisk
 from isogrid.training.blocks import Call, Caller, find_blocks
-from isogrid.training.calibration import check_not_empty, run_batch
 from isogrid.training.memory import explained_memory
 from isogrid.training.optimizers import make_optimizer, set_rate, stepping_in_backward
 from isogrid.training.parameters import groups_of
@@ -188,10 +188,8 @@ def run_blockwise(
     run: Callable[[nn.Module, Any], Any],
 ) -> tuple[BlockResult, ...]:
     """`train_blockwise` for blocks from wherever they come."""
-    if not len(batches):
-        raise NotCalibratedError("There is no batch to train blocks with. Pass at least one.")
-    for number, batch in enumerate(batches):
-        check_not_empty(batch, number)
+    for _ in filled_batches(batches, "to train blocks with"):
+        pass  # all of them, before the first block trains
     if folder is None:
         with TemporaryDirectory() as temporary:
             return _Run(source, batches, settings, BlockFiles(Path(temporary)), after_step, run).all()

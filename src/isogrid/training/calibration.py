@@ -1,19 +1,20 @@
 """Calibration: a good start for every range, from data."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._pytree import tree_leaves
 
 from isogrid.errors import NonFiniteError, NotCalibratedError
 from isogrid.layers.weights import refresh_weights
-from isogrid.planning.arguments import Arguments
+from isogrid.planning.batches import filled_batches, run_batch
+from isogrid.planning.evaluating import evaluating
 from isogrid.planning.site_weights import weight_at
 from isogrid.planning.state import activation_quantizers, prepared_state, quantizers, weight_quantizers
+from isogrid.quantizers.quantizer import Quantizer
 
 
 def calibrate(
@@ -45,34 +46,32 @@ def calibrate(
     """
     arguments = prepared_state(model).plan.arguments
     found = quantizers(model)
-    flags = {module: module.training for module in model.modules()}
-    switches = {q: (q.enabled, q.observing) for q in found.values()}
-    seen = 0
-    try:
-        model.eval()
-        for quantizer in found.values():
-            quantizer.enabled, quantizer.observing = False, True
-            quantizer.train()  # observers look on in training only, so that evaluation leaves no trace
-            if quantizer.observer is not None:
-                quantizer.observer.reset()
+    with evaluating(model), _observing(found.values()):
         with torch.no_grad(), naming_where(model):
-            for batch in batches:
-                check_not_empty(batch, seen)
+            for batch in filled_batches(batches, "to calibrate with"):
                 run_batch(model, batch, arguments) if forward is None else forward(model, batch)
-                seen += 1
-        if not seen:
-            raise NotCalibratedError("There is no batch to calibrate with. Pass at least one.")
         fit_activations(model)
         refresh_weights(model)
         for name, quantizer in weight_quantizers(model).items():
             site = f"{name.rpartition('.')[0]}.weight"
             quantizer.fit(weight_at(model, prepared_state(model).plan, site))
+    return model
+
+
+@contextmanager
+def _observing(found: Collection[Quantizer]) -> Iterator[None]:
+    """While open, quantizers look on instead of quantising; what they saw before is forgotten."""
+    switches = {quantizer: (quantizer.enabled, quantizer.observing) for quantizer in found}
+    try:
+        for quantizer in found:
+            quantizer.enabled, quantizer.observing = False, True
+            quantizer.train()  # observers look on in training only, so that evaluation leaves no trace
+            if quantizer.observer is not None:
+                quantizer.observer.reset()
+        yield
     finally:
-        for module, flag in flags.items():
-            module.training = flag
         for quantizer, (enabled, observing) in switches.items():
             quantizer.enabled, quantizer.observing = enabled, observing
-    return model
 
 
 def fit_activations(model: nn.Module) -> None:
@@ -113,22 +112,3 @@ def naming_where(model: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def check_not_empty(batch: Any, number: int) -> None:
-    """Raise NotCalibratedError where a batch holds a tensor without elements, or nothing at all."""
-    leaves = tree_leaves(batch)
-    if not leaves or any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in leaves):
-        raise NotCalibratedError(f"Batch {number} is empty, so there is nothing to calibrate with. Leave it out.")
-
-
-def run_batch(model: nn.Module, batch: Any, arguments: Arguments) -> Any:
-    """Run a model on a batch as a loader gives it; see `Arguments.of_batch`.
-
-    >>> from isogrid.planning.arguments import InputSpec
-    >>> x = InputSpec((1,), "float32", "input")
-    >>> run_batch(nn.Identity(), (torch.ones(1), "label"), Arguments((x,), {}, ("input",)))
-    tensor([1.])
-    """
-    positional, named = arguments.filled(arguments.of_batch(batch))
-    return model(*positional, **named)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from isogrid.planning.batches import filled_batches, run_batch
 from isogrid.planning.convert import convert
 from isogrid.planning.state import prepared_state
 from isogrid.planning.values import tensors_in
 from isogrid.training.adapters import adapter_report
-from isogrid.training.calibration import check_not_empty, run_batch
 from isogrid.training.merging import merge_adapters
 from isogrid.verification.outputs import Outputs, batch_size
 from isogrid.verification.report import EndToEnd
@@ -51,6 +51,7 @@ def merge_difference(model: nn.Module, batches: Iterable[Any]) -> MergeDifferenc
 
     Raises:
         PlanError: the model has no adapters.
+        NotCalibratedError: there are no batches, or one is empty.
 
     >>> import isogrid as ig
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
@@ -64,10 +65,10 @@ def merge_difference(model: nn.Module, batches: Iterable[Any]) -> MergeDifferenc
     trained = copy.deepcopy(model).eval()
     outputs: Outputs | None = None
     with torch.no_grad():
-        for number, batch in enumerate(batches):
-            check_not_empty(batch, number)
+        for batch in filled_batches(batches, "to compare on"):
             expected = run_batch(trained, batch, arguments)
             actual = tensors_in(run_batch(served, batch, arguments))
             outputs = outputs or Outputs([Origin(exact=False, depth=0.0) for _ in actual], None)
             outputs.add(actual, expected, batch, batch_size(tensors_in(batch)))
-    return MergeDifference((outputs or Outputs([], None)).result(), adapter_report(model).statement)
+    assert outputs is not None  # there was a batch
+    return MergeDifference(outputs.result(), adapter_report(model).statement)

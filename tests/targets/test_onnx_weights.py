@@ -12,21 +12,24 @@ import isogrid as ig
 from isogrid.cli.contents import contents_of
 from isogrid.layers.integer import IntegerLayer
 from isogrid.targets.onnx_weights import weight_codes
-from tests.targets.residual_networks import trained
 
 
 @pytest.mark.parametrize("target", ["openvino", "qonnx", "tensorrt"])
 def test_static_layers(target: str, tmp_path: Path) -> None:
-    model = trained(target, "w4a8")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8))
+    x = torch.randn(2, 3, 4, 4)
+    ig.calibrate(ig.prepare(model, ig.plan(model, target=target, scheme="w4a8", example_inputs=(x,))), [x])
     artifact = ig.export(model, tmp_path / "model.onnx")
     found = weight_codes(onnx.load(artifact.path))
     layers = {name: layer for name, layer in ig.convert(model).named_modules() if isinstance(layer, IntegerLayer)}
+    assert layers.keys() == {"0", "3"}
     for name, layer in layers.items():
         assert torch.equal(found[f"{name}.weight"], layer.codes.float()), name
     console = Console(width=160)
     with console.capture() as capture:
         console.print(*contents_of(artifact.path).facts, *contents_of(artifact.path).tables)
-    assert f"for {target}" in capture.get() and "left.weight" in capture.get()
+    assert f"for {target}" in capture.get() and "3.weight" in capture.get()
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])

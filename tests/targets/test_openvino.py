@@ -27,21 +27,26 @@ def run_as_written(path: Path, x: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
-def test_what_is_trained_converted_and_written_is_the_same(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, ig.Artifact]:
     model = trained("openvino")
+    return model, ig.export(model, tmp_path_factory.mktemp("openvino") / "model.onnx")
+
+
+def test_what_is_trained_converted_and_written_is_the_same(written: tuple[nn.Module, ig.Artifact]) -> None:
+    model, artifact = written
     integer = ig.convert(model)
     with torch.no_grad():
         expected = model(INPUTS)
     assert torch.equal(integer(INPUTS), expected)
     # Sums of powers of two times integers are exact in float32: any order, any kernel.
-    artifact = ig.export(model, tmp_path / "model.onnx")
     assert torch.equal(run_as_written(artifact.path, INPUTS), expected)
     kinds = [node.op_type for node in onnx.load(artifact.path).graph.node]
     assert "Clip" in kinds and "Relu" in kinds
 
 
-def test_scales_stay_powers_of_two_and_zero_points_even() -> None:
-    model = trained("openvino")
+def test_scales_stay_powers_of_two_and_zero_points_even(written: tuple[nn.Module, ig.Artifact]) -> None:
+    model, _ = written
     for name, quantizer in quantizers(model).items():
         stored = quantizer.stored() if quantizer.zero_point is not None else None
         if stored is not None:
@@ -124,9 +129,9 @@ def test_its_dynamic_rule_is_not_trained() -> None:
     assert plan.layers == () and "rule that is not reproduced" in plan.floats[0][1]
 
 
-def test_without_openvino_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_openvino_the_error_says_what_to_install(
+    written: tuple[nn.Module, ig.Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("ISOGRID_OPENVINO_PYTHON", raising=False)
-    model = trained("openvino")
-    artifact = ig.export(model, tmp_path / "model.onnx")
     with pytest.raises(MissingExtraError, match=r"isogrid\[openvino\]"):
-        ig.load(artifact.path)
+        ig.load(written[1].path)

@@ -43,8 +43,13 @@ def test_finn_has_few_bits_unsigned_behind_relu_and_eight_at_the_ends(tmp_path: 
     assert {node.domain for node in proto.graph.node if node.op_type == "Quant"} == {DOMAIN}
 
 
-def test_every_quant_has_a_power_of_two_and_no_zero_point(tmp_path: Path) -> None:
-    graph = OnnxGraph(onnx.load(ig.export(trained("qonnx", rules=MIXED), tmp_path / "model.onnx").path))
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
+    return onnx.load(ig.export(trained("qonnx", rules=MIXED), tmp_path_factory.mktemp("mixed") / "model.onnx").path)
+
+
+def test_every_quant_has_a_power_of_two_and_no_zero_point(mixed: onnx.ModelProto) -> None:
+    graph = OnnxGraph(mixed)
     for node in nodes_of(graph, "Quant"):
         scale, zero, bits = (graph.array(name) for name in node.input[1:4])
         assert scale is not None and zero is not None and bits is not None
@@ -53,8 +58,8 @@ def test_every_quant_has_a_power_of_two_and_no_zero_point(tmp_path: Path) -> Non
         assert attributes(node)["rounding_mode"] == b"ROUND"
 
 
-def test_bits_differ_from_layer_to_layer(tmp_path: Path) -> None:
-    bits = bit_widths(onnx.load(ig.export(trained("qonnx", rules=MIXED), tmp_path / "model.onnx").path))
+def test_bits_differ_from_layer_to_layer(mixed: onnx.ModelProto) -> None:
+    bits = bit_widths(mixed)
     assert bits["stem.0.weight"] == (3, True)
     assert bits["stem.0.output"] == (5, False)
     assert bits["left.weight"] == bits["hidden.weight"] == (2, True)

@@ -373,3 +373,14 @@ def test_a_norm_is_float_between_quantised_edges() -> None:
     inputs = [site.name for site in plan.sites if site.kind == "input"]
     assert inputs == ["a.input", "b.input", "c.input"]
     assert all(layer.output is None for layer in plan.layers)
+
+
+def test_a_table_of_what_a_join_has_quantised() -> None:
+    def forward(module: Any, x: Tensor) -> Tensor:
+        y = F.layer_norm(x, (6,))
+        return module.head(torch.cat([y, -y], -1).cos())
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 6)
+    model = prepared(Lambda(forward, head=nn.Linear(12, 2)), (x,)).eval()
+    assert_equal(ig.convert(model)(x), model(x).detach())

@@ -195,3 +195,23 @@ def test_a_pattern_may_also_match_what_cannot_be_quantised() -> None:
         ig.plan(model, scheme="w4a16", rules=rules, example_inputs=inputs)
     with pytest.raises(PlanError, match=r"asks to quantise '1.gelu', but MatMulNBits computes linear layers only"):
         ig.plan(model, scheme="w4a16", rules=[ig.Rule(match="*gelu", weight="int8/group16")], example_inputs=inputs)
+
+
+def test_angles_of_positions_stay_float() -> None:
+    class Rotary(nn.Module):
+        """Turns pairs of features by their position."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 2)
+            self.register_buffer("frequencies", torch.tensor([1.0, 0.1, 0.01]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            angles = torch.arange(x.shape[1]).float()[:, None] * self.frequencies
+            angles = torch.cat([angles, angles], -1)
+            return self.second(self.first(x) * (angles.cos() * 1.0))
+
+    plan = ig.plan(Rotary(), example_inputs=(torch.randn(2, 300, 6),))
+    floats = dict(plan.floats)
+    assert all("not from data" in floats[name] for name in ("mul", "concat", "cos", "mul_1"))
+    assert "mul_2" not in floats and {"mul_2.input1", "mul_2.output"} <= {site.name for site in plan.sites}

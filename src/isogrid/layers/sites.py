@@ -162,9 +162,9 @@ def stored(x: Tensor, operand: Operand | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def stored_grid(operand: Operand, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of an operand as they are stored, the latter by default in the codes' dtype."""
+    """Scale and zero point of an operand as they are stored, scalars; the latter by default in the codes' dtype."""
     grid: Any = operand.format.grid
     scale, zero_point, _ = operand.format.stored(operand.affine)
     assert scale is not None
     zero_point = torch.zeros_like(scale) if zero_point is None else zero_point
-    return scale.detach(), zero_point.detach().to(dtype or grid.code_dtype)
+    return scale.detach().reshape(()), zero_point.detach().reshape(()).to(dtype or grid.code_dtype)

@@ -91,7 +91,9 @@ def capture(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any])
             f"The model returns a {type(result).__name__} with no tensor in it that can be found. "
             "Return a tensor, or a tuple or dictionary of tensors."
         )
-    return replace(recorder.graph(inputs, outputs), states=tuple(states))
+    data = tuple(recorder.value(x) for x in tensors if x.is_floating_point() or x.dtype == torch.uint8)
+    parameters = tuple(recorder.value(parameter) for parameter in model.parameters())
+    return replace(recorder.graph(inputs, outputs), data=data + parameters, states=tuple(states))
 
 
 class _What(NamedTuple):

@@ -77,6 +77,7 @@ class Graph:
     Attributes:
         calls: in order.
         model_inputs, model_outputs: values that enter and leave the model.
+        data: the inputs that are numbers or pixels, not indices or masks, and the parameters that calls read.
         uncalled: paths of modules with parameters that the run did not reach.
         scopes: paths of the modules whose forward may call functions that can be sites.
         lent: products by parameters of a forward's own module, which were seen as calls of children.
@@ -88,6 +89,7 @@ class Graph:
     calls: tuple[Call, ...]
     model_inputs: tuple[int, ...]
     model_outputs: tuple[int, ...]
+    data: tuple[int, ...] = ()
     uncalled: tuple[str, ...] = ()
     scopes: tuple[str, ...] = ()
     fast_paths: tuple[str, ...] = ()
@@ -106,6 +108,15 @@ class Graph:
     def producer(self) -> dict[int, Call]:
         """Which call made a value."""
         return {value: call for call in self.calls for value in call.outputs}
+
+    @cached_property
+    def from_data(self) -> frozenset[int]:
+        """The values that depend on data or parameters, and not on positions and constants alone."""
+        found = set(self.data)
+        for call in self.calls:
+            if call.kind in LAYER_KINDS or not found.isdisjoint(call.inputs):
+                found.update(call.outputs)
+        return frozenset(found)
 
     @cached_property
     def consumers(self) -> dict[int, list[Call]]:

@@ -67,7 +67,7 @@ class Neighbours:
         origins = [self.graph.origin(value)[0] for call in calls for value in call.inputs]
         fed = [self.is_produced(value) for value in origins]
         if kind == "multiply":
-            # A parameter has a grid as good as any.
+            # A parameter has a grid as good as any, and so has what comes from positions.
             computed = [is_fed for is_fed, value in zip(fed, origins, strict=True) if self._is_computed(value)]
             is_fed = any(fed) and all(computed)
         else:
@@ -75,7 +75,8 @@ class Neighbours:
         return not (is_fed and self._is_any_read(self.chains[name]))
 
     def _is_computed(self, value: int) -> bool:
-        return value in self.graph.producer or value in self.graph.model_inputs
+        is_made = value in self.graph.producer or value in self.graph.model_inputs
+        return is_made and value in self.graph.from_data
 
     def _is_any_read(self, chain: Chain) -> bool:
         return any(self.is_read(chain.value_of(call)) for call in chain.calls)

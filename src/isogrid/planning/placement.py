@@ -27,6 +27,7 @@ from isogrid.planning.mixtures import Assigned, assign
 from isogrid.planning.neighbours import neighbours_at_work
 from isogrid.planning.norms import as_convolutions, lone_norms
 from isogrid.planning.plan import Feed, LayerPlan, OperationPlan, Plan, Site
+from isogrid.planning.positions import from_positions
 from isogrid.planning.roles import Weight
 from isogrid.planning.routers import routers
 from isogrid.planning.rules import Rule, Scheme, unmatched_rule_error
@@ -145,7 +146,7 @@ class Placement:
     @cached_property
     def _apart(self) -> dict[str, str]:
         """What stays float whatever the target, with the reason."""
-        return {**routers(self.model, self.graph), **outside_stubs(self.graph)}
+        return {**routers(self.model, self.graph), **from_positions(self.graph), **outside_stubs(self.graph)}
 
     @cached_property
     def _assigned(self) -> dict[str, Assigned]:

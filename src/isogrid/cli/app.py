@@ -1,5 +1,6 @@
 """The commands, and what happens to their errors."""
 
+import logging
 import sys
 from importlib import metadata
 from typing import Annotated
@@ -47,8 +48,14 @@ def _options(
 ) -> None: ...
 
 
+TALKATIVE = ("torchao", "torch.utils._pytree")
+"""Loggers that warn whenever transformers imports torchao, about GPUs that are not there and about themselves."""
+
+
 def main() -> None:
     """Run the command line; an error is one clear message on stderr and exit code 1, wrong usage exit code 2."""
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except IsogridError as error:

@@ -24,7 +24,8 @@ from isogrid.api import (
 from isogrid.errors import RecipeError
 from isogrid.files import write_whole
 from isogrid.planning.plan import Plan
-from isogrid.recipes.data import Batches, Data, collate, size
+from isogrid.recipes.data import Batches, Data, collate, mixed_seed, size
+from isogrid.recipes.kept import kept_weights
 from isogrid.recipes.loop import Objective, fit, float_groups, on_device, seed_everything
 from isogrid.recipes.progress import Pace, Progress
 from isogrid.recipes.schema import Optimization, Recipe, Training
@@ -53,8 +54,24 @@ def float_model(recipe: Recipe, data: Data, accelerator: "Accelerator", progress
     if recipe.checkpoint is not None:
         load_float_weights(model, Path(recipe.checkpoint))
     elif recipe.float_training is not None:
-        train_float(model, data, recipe.float_training, accelerator, progress, "training the float model")
+        _trained_or_kept(recipe, recipe.float_training, model, data, accelerator, progress)
+    # What follows is the same, whether the model was trained just now or not.
+    seed_everything(mixed_seed(recipe.training.seed, 0))
     return model.eval()
+
+
+def _trained_or_kept(
+    recipe: Recipe, settings: Optimization, model: nn.Module, data: Data, accelerator: "Accelerator", progress: Progress
+) -> None:
+    """Train the float model in place; a built-in one is taken from where another demo has left it."""
+    file = kept_weights(recipe, settings, model, data, accelerator)
+    if file is not None and file.is_file():
+        load_float_weights(model, file)
+        progress.message(f"An earlier run has trained this float model: {file}. Delete it to train it again.")
+        return
+    train_float(model, data, settings, accelerator, progress, "training the float model")
+    if file is not None and accelerator.is_main_process:
+        save_float_weights(model, file)
 
 
 def new_model(recipe: Recipe) -> nn.Module:

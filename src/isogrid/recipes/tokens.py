@@ -193,8 +193,13 @@ def _text_of(line: str, column: str, place: str) -> str:
 
 def cached(kind: str, *parts: str) -> Path:
     """Where tokens are kept that come from these parts: a digest of them names a file in the user's cache."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isogrid" / "tokens"
-    return folder / f"{kind}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.uint32"
+    return in_cache("tokens", f"{kind}-{{}}.uint32", *parts)
+
+
+def in_cache(folder: str, name: str, *parts: str) -> Path:
+    """A file in a folder of the user's cache, with a digest of what it comes from in its name, at `{}`."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isogrid"
+    return cache / folder / name.format(hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24])
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

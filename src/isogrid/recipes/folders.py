@@ -59,6 +59,11 @@ class RunFolder:
         return self.path / "blocks"
 
     @property
+    def generated(self) -> Path:
+        """Sequences that the float model wrote, as safetensors."""
+        return self.path / "generated.safetensors"
+
+    @property
     def tensorboard(self) -> Path:
         """Folder of event files."""
         return self.path / "tensorboard"

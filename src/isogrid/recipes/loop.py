@@ -96,6 +96,7 @@ def fit(
     *,
     schedule: Schedule | None = None,
     objective: Objective | None = None,
+    companion: nn.Module | None = None,
     start: int = 0,
     after_step: AfterStep = lambda step, loss: None,
 ) -> nn.Module:
@@ -113,6 +114,7 @@ def fit(
         accelerator: of `make_accelerator`.
         schedule: of a prepared model.
         objective: what gives the loss of a batch; the data's own loss where not given.
+        companion: another model that the optimizer trains, in one process; the norm of its gradient is its own.
         start: steps that are done already.
         after_step: called after each step.
 
@@ -146,7 +148,8 @@ def fit(
                     loss = objective(trained, inputs, target)
                 accelerator.backward(loss)
                 if settings.clip_norm is not None and accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(trained.parameters(), settings.clip_norm)
+                    for network in (trained,) if companion is None else (trained, companion):
+                        accelerator.clip_grad_norm_(network.parameters(), settings.clip_norm)
                 accelerated.step()
                 accelerated.zero_grad()
             total += loss.detach().float() / settings.accumulation

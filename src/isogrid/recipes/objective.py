@@ -4,16 +4,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from isogrid.recipes.data import Data, size
+from isogrid.errors import RecipeError
+from isogrid.planning.evaluating import evaluating
+from isogrid.planning.state import steps_done
+from isogrid.recipes.data import Data, collate, size
 from isogrid.recipes.folders import RunFolder
-from isogrid.recipes.loop import Objective
+from isogrid.recipes.loop import Objective, float_groups, on_device
 from isogrid.recipes.schema import DistillationEntry, Recipe
 from isogrid.recipes.sources import make_model
 from isogrid.recipes.stages import load_float_weights, new_model
-from isogrid.training import Distillation, LayerLosses, TeacherCache, TopK, store_teacher, teacher
+from isogrid.training import (
+    Distillation,
+    LayerLosses,
+    TeacherCache,
+    ThreePhases,
+    TopK,
+    kl_divergence,
+    store_teacher,
+    teacher,
+)
+from isogrid.training.outputs import logits_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,8 +48,42 @@ class Taught(Dataset[Any]):
         return (*inputs, (target, top.log_probabilities[0], top.classes[0], top.log_rest[0]))
 
 
+def learning_teacher(recipe: Recipe, folder: RunFolder, accelerator: "Accelerator") -> nn.Module | None:
+    """The teacher that learns along with the student, where the recipe has phases.
+
+    Args:
+        recipe: of the run.
+        folder: with the float weights.
+        accelerator: of the run.
+
+    Raises:
+        RecipeError: it cannot be made, or there are several processes.
+    """
+    entry = recipe.distillation
+    if entry is None or entry.phases is None:
+        return None
+    if accelerator.num_processes > 1:
+        raise RecipeError(
+            "distillation.phases: a teacher that learns along does so in one process. Start the run without torchrun."
+        )
+    return (_other_teacher(entry) if entry.teacher is not None else _float_model(recipe, folder)).to(accelerator.device)
+
+
+def companion_groups(recipe: Recipe, companion: nn.Module | None) -> list[dict[str, Any]]:
+    """The parameter groups of a teacher that learns along; none where there is none."""
+    if companion is None or recipe.distillation is None or recipe.distillation.phases is None:
+        return []
+    rate = recipe.distillation.phases.teacher_lr or recipe.training.lr
+    return float_groups(companion, recipe.training.model_copy(update={"lr": rate}))
+
+
 def make_objective(
-    recipe: Recipe, model: nn.Module, data: Data, folder: RunFolder, accelerator: "Accelerator"
+    recipe: Recipe,
+    model: nn.Module,
+    data: Data,
+    folder: RunFolder,
+    accelerator: "Accelerator",
+    companion: nn.Module | None = None,
 ) -> tuple[Objective | None, Data]:
     """The objective of a recipe and the data that it reads; None, which stands for the data's own loss.
 
@@ -45,6 +93,7 @@ def make_objective(
         data: of the recipe.
         folder: of the run, with the float weights.
         accelerator: of the run.
+        companion: of `learning_teacher`.
 
     Raises:
         RecipeError: the teacher cannot be made.
@@ -53,6 +102,8 @@ def make_objective(
     entry = recipe.distillation
     if entry is None:
         return None, data
+    if companion is not None:
+        return _in_phases(recipe, model, companion, data), data
     guide = _teacher(entry, recipe, model, folder, accelerator)
     distillation = Distillation(entry.temperature, entry.task, entry.reverse)
     if entry.top is not None:
@@ -87,15 +138,53 @@ def _from_cache(distillation: Distillation, cache: TeacherCache, data: Data) -> 
     return loss
 
 
+def _in_phases(recipe: Recipe, model: nn.Module, companion: nn.Module, data: Data) -> Objective:
+    """QKD's losses, by the position of the student's schedule."""
+    entry = recipe.distillation
+    assert entry is not None and entry.phases is not None
+    phases = ThreePhases(
+        recipe.training.total_steps(size(data.train)), entry.phases.self_study, entry.phases.co_study, entry.temperature
+    )
+    _check_same_classes(model, companion, data)
+
+    def loss(trained: nn.Module, inputs: list[Any], target: Any) -> Tensor:
+        step = int(steps_done(model))
+        stage = phases.stage(step)
+        companion.train(stage == "co-study")
+        with torch.set_grad_enabled(stage == "co-study"):
+            said = None if stage == "self-study" else companion(*inputs)
+        return phases.loss(step, trained(*inputs), said, target, data.loss)
+
+    return loss
+
+
+@torch.no_grad()
+def _check_same_classes(model: nn.Module, companion: nn.Module, data: Data) -> None:
+    """Raise DistillationError before training, and not when self-study is over."""
+    *inputs, _ = on_device(collate(data.train, range(min(2, size(data.train)))), next(model.parameters()).device)
+    with evaluating(model), evaluating(companion):
+        kl_divergence(logits_of(model(*inputs)), logits_of(companion(*inputs)))
+
+
 def _teacher(
     entry: DistillationEntry, recipe: Recipe, model: nn.Module, folder: RunFolder, accelerator: "Accelerator"
 ) -> Any:
     if entry.teacher is not None:
-        other = make_model(entry.teacher)
-        if entry.teacher_weights is not None:
-            load_float_weights(other, Path(entry.teacher_weights))
-        return teacher(other.to(accelerator.device))
+        return teacher(_other_teacher(entry).to(accelerator.device))
     accelerator.wait_for_everyone()  # the first process writes the float weights
+    return teacher(model, weights=_float_model(recipe, folder).state_dict(), format=entry.teacher_format)
+
+
+def _other_teacher(entry: DistillationEntry) -> nn.Module:
+    assert entry.teacher is not None
+    other = make_model(entry.teacher)
+    if entry.teacher_weights is not None:
+        load_float_weights(other, Path(entry.teacher_weights))
+    return other
+
+
+def _float_model(recipe: Recipe, folder: RunFolder) -> nn.Module:
+    """The model of a recipe, with the weights that the run began with."""
     start = new_model(recipe)
     load_float_weights(start, folder.float_weights)
-    return teacher(model, weights=start.state_dict(), format=entry.teacher_format)
+    return start

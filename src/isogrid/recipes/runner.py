@@ -15,9 +15,10 @@ from isogrid.recipes.data import Data, size
 from isogrid.recipes.estimating import estimated
 from isogrid.recipes.finishing import RunResult, finish
 from isogrid.recipes.folders import RunFolder
+from isogrid.recipes.generating import with_generated
 from isogrid.recipes.language import LanguageData
 from isogrid.recipes.loop import make_accelerator, with_trackers
-from isogrid.recipes.objective import make_objective
+from isogrid.recipes.objective import companion_groups, learning_teacher, make_objective
 from isogrid.recipes.progress import Progress, Silent
 from isogrid.recipes.schema import Recipe
 from isogrid.recipes.sources import make_data
@@ -68,17 +69,20 @@ def run(recipe: Recipe, *, resume: bool = False, restart: bool = False, progress
         model = float_model(recipe, data, accelerator, progress)
         if accelerator.is_main_process:
             _begin(folder, recipe, model, data)
+        data = with_generated(recipe, data, folder, accelerator, progress)
         prepared_model(recipe, model, data, accelerator)
         adapt(recipe, model, progress)
         if not resume:
             BlockFiles(folder.blocks).forget()
         by_blocks(recipe, model, data, folder.blocks, accelerator, progress)
-        start, optimizer = 0, make_optimizer(model, recipe.training)
+        companion = learning_teacher(recipe, folder, accelerator)
+        start, optimizer = 0, make_optimizer(model, recipe.training, companion_groups(recipe, companion))
         progress.message(f"Training takes {estimated(recipe, model, data, accelerator)}.")
     else:
-        model, optimizer, start = _resumed(folder, recipe, accelerator)
+        data = with_generated(recipe, data, folder, accelerator, progress)
+        model, optimizer, companion, start = _resumed(folder, recipe, accelerator)
         progress.message(f"Resuming after step {start}.")
-    _train(recipe, model, optimizer, data, accelerator, progress, folder, start)
+    _train(recipe, model, optimizer, companion, data, accelerator, progress, folder, start)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return RunResult((), None, folder.path)
@@ -115,17 +119,21 @@ def _begin(folder: RunFolder, recipe: Recipe, model: nn.Module, data: Data) -> N
         data.tokenizer.save_pretrained(folder.tokenizer)
 
 
-def _resumed(folder: RunFolder, recipe: Recipe, accelerator: "Accelerator") -> tuple[nn.Module, Optimizer, int]:
+def _resumed(
+    folder: RunFolder, recipe: Recipe, accelerator: "Accelerator"
+) -> tuple[nn.Module, Optimizer, nn.Module | None, int]:
     model = restore(new_model(recipe), folder.checkpoint).to(accelerator.device)
-    optimizer = make_optimizer(model, recipe.training)
-    extra = load_training(folder.checkpoint, model, optimizer)
-    return model, optimizer, int(extra["step"])
+    companion = learning_teacher(recipe, folder, accelerator)
+    optimizer = make_optimizer(model, recipe.training, companion_groups(recipe, companion))
+    extra = load_training(folder.checkpoint, model, optimizer, companion)
+    return model, optimizer, companion, int(extra["step"])
 
 
 def _train(
     recipe: Recipe,
     model: nn.Module,
     optimizer: Optimizer,
+    companion: nn.Module | None,
     data: Data,
     accelerator: "Accelerator",
     progress: Progress,
@@ -151,13 +159,13 @@ def _train(
             monitor.weights(step)
         if monitor is not None and saves:
             monitor.flush()
-            save_training(folder.checkpoint, model, optimizer, {"step": step})
+            save_training(folder.checkpoint, model, optimizer, {"step": step}, companion)
 
-    objective, data = make_objective(recipe, model, data, folder, accelerator)
+    objective, data = make_objective(recipe, model, data, folder, accelerator, companion)
     try:
         train_quantized(
             recipe, model, data, accelerator, progress, f"training {recipe.scheme}",
-            optimizer=optimizer, objective=objective, start=start, after_step=after_step,
+            optimizer=optimizer, objective=objective, companion=companion, start=start, after_step=after_step,
         )  # fmt: skip
     finally:
         if monitor is not None:

@@ -9,6 +9,7 @@ from isogrid.errors import IsogridError
 from isogrid.formats import named_format
 from isogrid.layers.adapters import Method
 from isogrid.planning.rules import Rule, ScaleChoice, scheme_from_name
+from isogrid.training.distillation import ThreePhases
 from isogrid.training.loftq import Start
 
 
@@ -128,6 +129,30 @@ class Training(Optimization):
     checkpoint_every: int = Field(default=100, ge=1, description="Steps between two checkpoints.")
 
 
+class PhasesEntry(Part):
+    """QKD: a student learns by itself, then along with its teacher, then from it; see `isogrid.ThreePhases`."""
+
+    self_study: float = Field(default=0.3, ge=0, le=1, description="Share of all steps.")
+    co_study: float = Field(default=0.3, ge=0, le=1, description="Share of all steps; tutoring has the rest.")
+    teacher_lr: float | None = Field(default=None, gt=0, description="Of the teacher; training.lr if not given.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "PhasesEntry":
+        _explained(lambda: ThreePhases(1, self.self_study, self.co_study))
+        return self
+
+
+class GenerateEntry(Part):
+    """Text that the float model writes, to learn from in place of the data's; `isogrid.generate_text` says how."""
+
+    sequences: int = Field(ge=1, description="As long as the data's.")
+    batch_size: int = Field(default=16, ge=1, description="Sequences that are written at a time.")
+
+
+NO_PHASES = ("task", "reverse", "teacher_format", "top", "features", "relations")
+"""What phases leave no room for."""
+
+
 class DistillationEntry(Part):
     """Training from a teacher's distribution instead of labels; `isogrid.Distillation` says what the shares mean."""
 
@@ -141,6 +166,8 @@ class DistillationEntry(Part):
     features: dict[str, float] = Field(default_factory=dict, description="Weights of losses on modules' outputs.")
     relations: dict[str, float] = Field(default_factory=dict, description="Weights of losses on their relations.")
     heads: int = Field(default=1, ge=1, description="Of the relations.")
+    phases: PhasesEntry | None = Field(default=None, description="A teacher that learns along, as QKD has it.")
+    generate: GenerateEntry | None = Field(default=None, description="Learn from text that the float model writes.")
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "DistillationEntry":
@@ -152,6 +179,10 @@ class DistillationEntry(Part):
             raise ValueError("teacher_format says how the float model rests: leave it out, or teacher")
         if self.teacher_format is not None:
             _explained(lambda: named_format(str(self.teacher_format)))
+        if self.phases is not None:
+            given = [key for key in NO_PHASES if getattr(self, key)]
+            if given:
+                raise ValueError(f"phases say what is learned from whom, in which order: leave out {', '.join(given)}")
         return self
 
 
@@ -243,12 +274,22 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _has_a_teacher(self) -> "Recipe":
+        own = self.distillation is not None and self.distillation.teacher is None and self.distillation.phases is None
+        if own and self.adapters is not None and self.adapters.method != "l4q":
+            raise ValueError(
+                f"{self.adapters.method} keeps the frozen weights as codes, so that the model cannot be its own "
+                "teacher: name a teacher, or use the method l4q"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _trains_scales_to_the_end(self) -> "Recipe":
         if self.blockwise is None:
             return self
         if self.adapters is not None:
             raise ValueError("give adapters or blockwise, not both: after blockwise only scales train")
-        if self.distillation is not None and self.distillation.teacher is None:
+        if self.distillation is not None and (self.distillation.teacher or self.distillation.phases) is None:
             raise ValueError("after blockwise the model has no float weights to be its own teacher: name a teacher")
         if self.schedule.freeze_ranges < 1:
             raise ValueError("after blockwise only scales train: set schedule.freeze_ranges to 1")

@@ -1,6 +1,6 @@
 """The stages of a run: a float model, a prepared model, training. Runs and the quickstart are made of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,8 +182,8 @@ def calibration_batches(recipe: Recipe, data: Data) -> Iterator[tuple[Any, ...]]
         yield collate(data.train, batches[index])
 
 
-def make_optimizer(model: nn.Module, settings: Training) -> Optimizer:
-    """The optimizer of a prepared model."""
+def make_optimizer(model: nn.Module, settings: Training, others: Sequence[dict[str, Any]] = ()) -> Optimizer:
+    """The optimizer of a prepared model, and of other groups of parameters."""
     groups = parameter_groups(
         model,
         lr=settings.lr,
@@ -191,7 +191,7 @@ def make_optimizer(model: nn.Module, settings: Training) -> Optimizer:
         scale_lr=settings.scale_lr,
         relative_scale_lr=settings.optimizer != "sgd",
     )
-    return optimizer_of(settings.optimizer, groups)
+    return optimizer_of(settings.optimizer, [*groups, *others])
 
 
 def make_schedule(model: nn.Module, recipe: Recipe, steps: int) -> Schedule:
@@ -209,6 +209,7 @@ def train_quantized(
     *,
     optimizer: Optimizer | None = None,
     objective: Objective | None = None,
+    companion: nn.Module | None = None,
     start: int = 0,
     after_step: Callable[[int, torch.Tensor], None] = lambda step, loss: None,
 ) -> nn.Module:
@@ -227,5 +228,5 @@ def train_quantized(
 
         return fit(
             model, optimizer, data, recipe.training, steps, accelerator,
-            schedule=schedule, objective=objective, start=start, after_step=step_done,
+            schedule=schedule, objective=objective, companion=companion, start=start, after_step=step_done,
         )  # fmt: skip

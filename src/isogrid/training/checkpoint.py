@@ -102,7 +102,13 @@ def _check_fits(float_model: nn.Module, tensors: dict[str, Tensor], in_codes: se
             )
 
 
-def save_training(folder: str | Path, model: nn.Module, optimizer: Optimizer, extra: dict[str, Any]) -> None:
+def save_training(
+    folder: str | Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    extra: dict[str, Any],
+    companion: nn.Module | None = None,
+) -> None:
     """Write all that a run needs to go on with bit-identical losses: model, optimizer, random state, `extra`.
 
     The random state is that of torch, Python and numpy; a generator of your own goes into `extra`.
@@ -112,14 +118,19 @@ def save_training(folder: str | Path, model: nn.Module, optimizer: Optimizer, ex
         model: prepared.
         optimizer: of torch.
         extra: JSON data of the caller's: epoch, position in the data, learning-rate schedule.
+        companion: another model that the optimizer trains, such as a teacher that learns along.
     """
     tensors, plain = optimizer_parts(optimizer)
     generators, others = _random_state()
     files = {"model": dict(model.state_dict()), "optimizer": tensors, "random": generators}
+    if companion is not None:
+        files["companion"] = dict(companion.state_dict())
     _commit(Path(folder), model, files, {"optimizer": plain, "generators": others, "extra": extra})
 
 
-def load_training(folder: str | Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def load_training(
+    folder: str | Path, model: nn.Module, optimizer: Optimizer, companion: nn.Module | None = None
+) -> dict[str, Any]:
     """Load what `save_training` wrote into a prepared model and its optimizer; returns `extra`.
 
     The model is one of `restore`, or prepared by the same plan; a Schedule made before continues where it was too.
@@ -133,8 +144,11 @@ def load_training(folder: str | Path, model: nn.Module, optimizer: Optimizer) ->
         raise CheckpointError(f"{folder} holds a model but no run to resume. It was written by isogrid.save.")
     tensors = _read_tensors(folder, manifest, "model")
     optimizer_tensors, generators = (_read_tensors(folder, manifest, name) for name in ("optimizer", "random"))
+    others = None if companion is None else _read_tensors(folder, manifest, "companion")
     load_optimizer(optimizer, optimizer_tensors, manifest["optimizer"], folder)
     load_state(model, tensors, folder)
+    if companion is not None and others is not None:
+        load_state(companion, others, folder)
     _set_random_state(generators, manifest["generators"])
     extra: dict[str, Any] = manifest["extra"]
     return extra

@@ -1,6 +1,6 @@
 """Teachers: the float model that a quantised student learns from, at the price of what differs."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from isogrid.errors import DistillationError
 from isogrid.formats import Quantized, named_format
+from isogrid.layers.adapters import Adapters
 from isogrid.layers.coded import CodedLinear
 from isogrid.planning.evaluating import evaluating
 from isogrid.planning.state import STEP_NAME, is_prepared, quantizers
@@ -39,6 +40,7 @@ def teacher(
     Args:
         model: the prepared student, before its first step; or another model, with the same classes.
         weights: the float weights by their names, where the student has been trained already, as in a resumed run.
+            Adapters that they do not hold are off while the teacher runs.
         device: where the kept tensors rest between calls; on the student's own device where not given. They come to
             the student's for a call, so call the teacher before the student: there is no graph then that needs memory.
         format: in which kept weights rest, such as `int8/channel`; exact where not given. The teacher then is the float
@@ -97,8 +99,11 @@ class SelfTeacher:
     ):
         self.model, self.running = model, False
         self._check_floats()
+        self._off = {} if weights is None else _adapters_without(model, weights)
         self._kept = {
-            name: _resting(_original(name, tensor, weights), device, format) for name, tensor in moving(model).items()
+            name: _resting(_original(name, tensor, weights), device, format)
+            for name, tensor in moving(model).items()
+            if not name.startswith(tuple(self._off))
         }
 
     @property
@@ -108,7 +113,7 @@ class SelfTeacher:
 
     def weights(self) -> dict[str, Tensor]:
         """The teacher's tensors by their names, those that it shares among them."""
-        own = tuple(f"{path}." for path in quantizers(self.model))
+        own = (*(f"{path}." for path in quantizers(self.model)), *self._off)
         state = {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith(own)}
         state.pop(STEP_NAME)
         kept = {name: kept if isinstance(kept, Tensor) else kept.dequantize() for name, kept in self._kept.items()}
@@ -130,7 +135,7 @@ class SelfTeacher:
         self.running = True
         object.__setattr__(self.model, TEACHES, True)
         try:
-            with torch.no_grad(), evaluating(self.model), in_float(self.model):
+            with torch.no_grad(), evaluating(self.model), in_float(self.model), _without(self._off.values()):
                 return functional_call(self.model, tensors, inputs, named)
         finally:
             self.running = False
@@ -168,6 +173,25 @@ def in_float(model: nn.Module) -> Iterator[None]:
     finally:
         for quantizer, was in zip(found, enabled, strict=True):
             quantizer.enabled = was
+
+
+def _adapters_without(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Adapters]:
+    """Adapters by the beginning of their tensors' names, of which there are none among the weights."""
+    found = {f"{path}.": module for path, module in model.named_modules() if isinstance(module, Adapters)}
+    return {start: module for start, module in found.items() if not any(name.startswith(start) for name in weights)}
+
+
+@contextmanager
+def _without(off: Iterable[Adapters]) -> Iterator[None]:
+    """While open, these adapters add nothing."""
+    active = {module: module.active for module in off}
+    for module in active:
+        module.active = ()
+    try:
+        yield
+    finally:
+        for module, names in active.items():
+            module.active = names
 
 
 def _original(name: str, tensor: Tensor, weights: Mapping[str, Tensor] | None) -> Tensor:

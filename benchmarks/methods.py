@@ -113,7 +113,7 @@ def proof(model: nn.Module, inputs: dict[str, Tensor]) -> str:
     if exact:
         parts.append(f"integers {sum(c.differing for c in exact)} of {sum(c.compared for c in exact):,}")
     if bounded:
-        parts.append(f"floats within {max(bounded):.0e}")
+        parts.append(f"floats within {max(bounded):.0e}" if max(bounded) else "floats equal")
     if report.end_to_end.logits_equal:
         parts.append("outputs equal")
     return ", ".join(parts)

@@ -5,7 +5,8 @@
 
 Each method starts from the same calibrated model and takes the same steps on the same batches; each result is exported
 and verified in the target's runtime: how many stored codes differ, how many that integers make of the runtime's own
-inputs, and how far float operations are apart. Rows that the folder has already are not made again, so that a run that was stopped goes on.
+inputs, and how far float operations are apart. Rows that the folder has already are not made again, so that a run that
+was stopped goes on.
 """
 
 import argparse

@@ -37,8 +37,13 @@ class SentenceEncoder:
     """
 
     columns: ClassVar[tuple[str, ...]] = ("cosine", "rank agreement")
-    schemes: ClassVar[tuple[tuple[str, str], ...]] = (("onnxruntime", "w8a8"), ("onnxruntime", "w4a8"), ("onnxruntime", "w4a16"), ("vllm", "nvfp4"),
-               ("onnxruntime", "w2a16"))  # fmt: skip
+    schemes: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("onnxruntime", "w8a8"),
+        ("onnxruntime", "w4a8"),
+        ("onnxruntime", "w4a16"),
+        ("vllm", "nvfp4"),
+        ("onnxruntime", "w2a16"),
+    )
     task: ClassVar[str] = "contrastive"
     blocks: ClassVar[str] = "encoder.layer.*"
     rates: ClassVar[dict[str, float]] = {"qat": 2e-5, "adapters": 5e-4, "blocks": 1e-4}

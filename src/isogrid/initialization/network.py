@@ -1,6 +1,6 @@
 """What a float model does, told so that changes of its weights which cancel out can be found."""
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -151,10 +151,13 @@ def _of_passes(graph: Graph, calls: Iterator[Call]) -> Iterator[Call]:
 
 
 @contextmanager
-def unless_it_differs(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[None]:
+def unless_it_differs(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[list[Callable[[], None]]]:
     """Let a block change a model's weights and layers, and undo it all where the outputs then differ.
 
     By more than 0.1 % of the largest, that is, or by 5 % in half precision, where every weight is rounded anew.
+
+    Yields:
+        A list for functions that undo what the block changes besides.
 
     Raises:
         CaptureError: they differ; the model is as it was.
@@ -162,8 +165,9 @@ def unless_it_differs(model: nn.Module, example_inputs: ExampleInputs) -> Iterat
     before = _outputs(model, example_inputs)
     weights = {parameter: parameter.detach().clone() for parameter in model.parameters()}
     places = [(parent, dict(parent._modules)) for parent in model.modules()]
+    undo: list[Callable[[], None]] = []
     try:
-        yield
+        yield undo
         after = _outputs(model, example_inputs)
         worst = max(map(_distance, before, after), default=0.0)
         half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in weights)
@@ -173,6 +177,8 @@ def unless_it_differs(model: nn.Module, example_inputs: ExampleInputs) -> Iterat
                 "something that its calls do not show. It is as it was; leave these layers out by match."
             )
     except BaseException:
+        for function in reversed(undo):
+            function()
         with torch.no_grad():
             for parent, children in places:
                 parent._modules.update(children)

@@ -5,7 +5,7 @@ computes what it did before, on activations without outliers. Where something be
 rotations, a layer can turn its input while it runs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from isogrid.initialization.network import ExampleInputs, Network, network_of, u
 from isogrid.initialization.orthogonal import random_rotation, rotation_around_the_mean
 from isogrid.initialization.rewriting import Rewriting
 from isogrid.initialization.spaces import Space, nothing_turns, spaces_of
+from isogrid.layers.attention_states import ATTRIBUTE, QUERY, attach
 from isogrid.layers.hadamard import HadamardLinear, block_for, turned
 from isogrid.layers.layer import replacement
 from isogrid.planning.exchange import exchange
@@ -28,6 +29,7 @@ def rotate(
     *,
     example_inputs: ExampleInputs,
     online: str | Sequence[str] = (),
+    attention: str | Sequence[str] = (),
     block: int | None = None,
     seed: int = 0,
     rotations: Mapping[str, Tensor] | None = None,
@@ -35,16 +37,20 @@ def rotate(
     """Turn the channels of a model, in place; the model computes what it did before.
 
     Turned are the residual stream and the values of attention (QuaRot's R1 and R2), which costs nothing when the model
-    runs, and is kept by every target; and the input of the layers that `online` names (R4), which becomes a
-    `HadamardLinear`. The gains of norms move into the layers that read them. A stream with LayerNorms is turned around
-    its mean, which they subtract.
+    runs, and is kept by every target; the input of the layers that `online` names (R4), which becomes a
+    `HadamardLinear`; and the queries and keys of those that `attention` names (R3), behind the rotary embedding, so
+    that the cache holds turned keys. The gains of norms move into the layers that read them. A stream with LayerNorms
+    is turned around its mean, which they subtract.
 
     Args:
         model: float, not prepared.
         example_inputs: as for `isogrid.plan`.
         online: names of nn.Linear layers, wildcards allowed, such as `*.down_proj`. Targets that cannot compute
             them say so when the model is exported.
-        block: how many channels those turn together; 128 if that divides them.
+        attention: names of attention layers of transformers, wildcards allowed, such as `*.self_attn`. Targets but
+            `pytorch` refuse them when the model is planned.
+        block: how many channels those of `online` turn together; 128 if that divides them. Heads are turned by the
+            largest power of two up to 128 that divides them.
         seed: of the random rotations.
         rotations: orthogonal [size, size] by the name of the space, such as those of `isogrid.learn_rotations`;
             spaces without one get a random one.
@@ -53,8 +59,8 @@ def rotate(
         What was changed, and what cannot be turned, with the reason.
 
     Raises:
-        PlanError: the model is prepared, nothing in it can be turned, `online` matches no Linear, or a rotation is of
-            no space or not orthogonal.
+        PlanError: the model is prepared, nothing in it can be turned, `online` matches no Linear, `attention` no
+            attention layer or one that is turned already, or a rotation is of no space or not orthogonal.
         CaptureError: the model does not run on the example inputs, or the change does not cancel out.
 
     In each case the model is as it was.
@@ -71,14 +77,14 @@ def rotate(
     turned 0: 0, 1.down; back in 1.up, 3
     turned online 1.down: by blocks of 16
     """
-    patterns = [online] if isinstance(online, str) else list(online)
+    patterns, heads = ([each] if isinstance(each, str) else list(each) for each in (online, attention))
     generator = Generator().manual_seed(seed)
     with network_of(model, example_inputs) as network:
         spaces, kept = spaces_of(network)
-        if not spaces and not patterns:
+        if not spaces and not patterns and not heads:
             raise nothing_turns(kept)
         chosen = chosen_rotations(spaces, rotations or {}, generator)
-        with unless_it_differs(model, example_inputs):
+        with unless_it_differs(model, example_inputs) as undo:
             for space in spaces:
                 move_gains(network, space)
             for path, turn in turns_of(spaces).items():
@@ -88,6 +94,7 @@ def rotate(
                 for space in spaces
             ]
             changed += [("turned online", name, how) for name, how in _turn_online(model, patterns, block)]
+            changed += [("turned online", name, how) for name, how in _turn_attention(network, heads, undo)]
     return Rewriting(tuple(changed), tuple(kept))
 
 
@@ -188,3 +195,23 @@ def _turn_online(model: nn.Module, patterns: Sequence[str], block: int | None) -
             new.weight.copy_(turned(new.weight.double(), new.block))
             exchange(model, {linear: new})
             yield name, f"by blocks of {new.block}"
+
+
+def _turn_attention(
+    network: Network, patterns: Sequence[str], undo: list[Callable[[], None]]
+) -> Iterator[tuple[str, str]]:
+    """Let attention layers turn their queries and keys."""
+    queries = {call.scope: call for call in network.graph.states if call.kind == QUERY}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in queries):
+            raise PlanError(
+                f"attention={pattern!r} is the name of no attention layer of transformers that calls its attention "
+                f"interface and keeps a cache.{nearest(pattern, queries)}"
+            )
+    for name, call in queries.items():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            if hasattr(network.module(name), ATTRIBUTE):
+                raise PlanError(f"{name!r} has an attribute {ATTRIBUTE!r} already: it is turned, or the name is taken.")
+            block = block_for(call.shape[-1])
+            undo.append(attach(network.module(name), {}, block))
+            yield name, f"queries and keys, by blocks of {block}"

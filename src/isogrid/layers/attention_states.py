@@ -2,7 +2,7 @@
 
 Keys and values are quantised as they enter the cache, so that what a cache holds in generation is what training
 computed with; queries where attention is called, by transformers' attention interface. Without a cache, as in training,
-keys and values pass the same way.
+keys and values pass the same way. There queries and keys can also be turned, both alike, so that their products stay.
 """
 
 import inspect
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from isogrid.formats import Affine, Format, NativeGrid
 from isogrid.layers.activation_rule import ActivationRule
+from isogrid.layers.hadamard import turned
 from isogrid.layers.layer import link
 from isogrid.layers.stored import StoredInput
 from isogrid.quantizers import AbsMax, Quantizer
@@ -55,34 +56,37 @@ class RuleQuantizer(Quantizer):
 
 
 class AttentionStates(nn.Module):
-    """What quantises the states of one attention layer.
+    """What turns and quantises the states of one attention layer.
 
     Args:
         quantizers: modules from a tensor [batch, heads, tokens, size] to one of the same shape, by kind. States whose
-            kind is missing pass unchanged.
-
-    Attributes:
-        implementation: of attention in transformers, where queries are quantised; else None.
+            kind is missing are not quantised.
+        implementation: of attention in transformers, where queries are quantised or turned; else None.
+        block: how many channels of queries and keys a Hadamard matrix turns together, before they are quantised
+            (QuaRot's R3); 0 leaves them. Checkpoints hold it, so that no plain layer takes their scales.
     """
 
-    def __init__(self, quantizers: Mapping[str, nn.Module], implementation: str | None = None):
+    def __init__(self, quantizers: Mapping[str, nn.Module], implementation: str | None = None, block: int = 0):
         super().__init__()
-        self.implementation = implementation
+        self.implementation, self.block = implementation, block
+        if block:
+            self.register_buffer("hadamard", torch.tensor([block]))
         for kind, quantizer in quantizers.items():
             self.add_module(kind, quantizer)
 
-    def quantized(self, kind: str, x: Tensor) -> Tensor:
+    def passed(self, kind: str, x: Tensor) -> Tensor:
         """A state [batch, heads, tokens, size] as attention reads it."""
         quantizer = self._modules.get(kind)
-        if quantizer is None:
-            return x
         with torch._C.DisableTorchFunction():  # none of the calls of the forward around
-            result: Tensor = quantizer(x)
+            if self.block and kind != VALUE:
+                x = turned(x, self.block)
+            result: Tensor = x if quantizer is None else quantizer(x)
             return result
 
     def to_integer(self) -> nn.Module:
         """The same with the grids as they are stored."""
-        return StoredStates({kind: _stored(module) for kind, module in self._modules.items()}, self.implementation)
+        stored = {kind: _stored(module) for kind, module in self._modules.items()}
+        return StoredStates(stored, self.implementation, self.block)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -158,22 +162,45 @@ class CacheWriter(BeforeCache):
 
     def before(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         states: AttentionStates = self.__dict__["states"]
-        return states.quantized(KEY, key_states), states.quantized(VALUE, value_states)
+        return states.passed(KEY, key_states), states.passed(VALUE, value_states)
 
 
-def attach(module: nn.Module, states: AttentionStates) -> None:
-    """Let an attention layer of transformers quantise its states, which become its child `states`.
+def attach(module: nn.Module, quantizers: Mapping[str, nn.Module], block: int = 0) -> Callable[[], None]:
+    """Let an attention layer of transformers quantise its states, or turn them, by its child `states`.
 
     Args:
         module: with a cache among the arguments of its forward.
-        states: of it.
+        quantizers, block: as of `AttentionStates`. Where the layer turns its states already, it goes on to.
+
+    Returns:
+        What undoes it.
     """
     config: Any = getattr(module, "config", None)
-    if QUERY in states._modules:
-        states.implementation = str(config._attn_implementation or "eager").removeprefix(_PREFIX)
+    before = states_before(module)
+    states = AttentionStates(quantizers, block=before.block if before is not None else block)
+    plain = None if config is None else config._attn_implementation
+    if QUERY in quantizers or states.block:
+        states.implementation = str(plain or "eager").removeprefix(_PREFIX)
         config._attn_implementation = attention_for(states.implementation)
     module.add_module(ATTRIBUTE, states.train(module.training))
-    module.register_forward_pre_hook(partial(_write_through, cache_position(module) or 0), with_kwargs=True)
+    if before is not None:
+        return lambda: module.add_module(ATTRIBUTE, before)
+    write = partial(_write_through, cache_position(module) or 0)
+    hook = module.register_forward_pre_hook(write, with_kwargs=True)
+
+    def detach() -> None:
+        hook.remove()
+        del module._modules[ATTRIBUTE]
+        if states.implementation is not None:
+            config._attn_implementation = plain
+
+    return detach
+
+
+def states_before(module: nn.Module) -> AttentionStates | None:
+    """What turns the states of an attention layer whose states are not quantised, or None."""
+    states = module._modules.get(ATTRIBUTE)
+    return states if isinstance(states, AttentionStates) and not states._modules else None
 
 
 def cache_position(module: nn.Module) -> int | None:
@@ -218,7 +245,7 @@ def attention_for(implementation: str) -> str:
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         states = module._modules.get(ATTRIBUTE)
-        query = query if states is None else states.quantized(QUERY, query)
+        query = query if states is None else states.passed(QUERY, query)
         own: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         original: Any = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, own)
         return original(module, query, key, value, *args, **kwargs)

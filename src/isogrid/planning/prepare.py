@@ -8,7 +8,7 @@ from torch import nn
 from isogrid.errors import NonFiniteError, PlanError
 from isogrid.formats import IntegerGrid, named_format
 from isogrid.layers.activation_sites import QuantizedActivation
-from isogrid.layers.attention_states import ATTRIBUTE, AttentionStates, RuleQuantizer, attach, cache_position
+from isogrid.layers.attention_states import ATTRIBUTE, RuleQuantizer, attach, cache_position, states_before
 from isogrid.layers.batch_norm import AbsorbedBatchNorm1d, AbsorbedBatchNorm2d, AbsorbedBatchNorm3d
 from isogrid.layers.borrowed import BorrowedLinear, QuantizedBorrowedLinear
 from isogrid.layers.convolution import (
@@ -166,7 +166,9 @@ class _Builder:
         for layer in self.plan.layers:
             self._check_layer(layer)
         for path in {state.path for state in self.plan.states}:
-            if cache_position(self._module(path)) is None or hasattr(self._module(path), ATTRIBUTE):
+            module = self._module(path)
+            taken = hasattr(module, ATTRIBUTE) and states_before(module) is None
+            if cache_position(module) is None or taken:
                 raise PlanError(f"The plan quantises the cache of {path!r}, which keeps none. Plan this model anew.")
         rules = {state.site: state.rule for state in self.plan.states}
         for site in self.plan.sites:
@@ -254,7 +256,7 @@ class _Builder:
         for state in self.plan.states:
             found.setdefault(state.path, {})[state.kind] = self.quantizers[state.site]
         for path, kinds in found.items():
-            attach(self._module(path), AttentionStates(kinds))
+            attach(self._module(path), kinds)
 
     @staticmethod
     def _replace(

@@ -17,6 +17,7 @@ from isogrid.layers.attention_states import (
     BeforeCache,
     cache_position,
     replaced_cache,
+    states_before,
 )
 from isogrid.planning.graph import COMPUTING_KINDS, JOINING_KINDS, Call, Graph
 from isogrid.planning.plan import Site, StatePlan
@@ -106,8 +107,14 @@ def plan_states(model: nn.Module, graph: Graph, rules: Sequence[Rule], target: T
 
     Raises:
         PlanError: a rule asks for what states do not have, or for nothing.
-        TargetError: the target cannot do what rules ask for.
+        TargetError: the target cannot do what rules ask for, or what the model does to its states.
     """
+    turning = next((name for name, module in model.named_modules() if states_before(module) is not None), None)
+    if turning is not None and (target.attention is None or not target.attention.turns_states):
+        raise TargetError(
+            f"{turning!r} turns its queries and keys by a Hadamard matrix while it runs, and {target.name} has no such "
+            "step. Rotate without attention=; rotations inside the weights are kept."
+        )
     asked: dict[str, tuple[Rule, Call]] = {}
     found = PlannedStates()
     for call in graph.states:
@@ -157,7 +164,8 @@ def _check(rule: Rule, call: Call, model: nn.Module) -> None:
             f"The rule for {rule.match!r} matches {call.name!r} and names no format. Add one, such as "
             "activation='fp8_e4m3/tensor'."
         )
-    if hasattr(model.get_submodule(call.scope), ATTRIBUTE):
+    module = model.get_submodule(call.scope)
+    if hasattr(module, ATTRIBUTE) and states_before(module) is None:
         raise PlanError(f"{call.scope!r} has an attribute {ATTRIBUTE!r} of its own, where its quantisers would go.")
 
 

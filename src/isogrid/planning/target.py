@@ -30,6 +30,11 @@ class StateChoice:
 class AttentionFormats(Protocol):
     """What a runtime that keeps a cache can quantise in attention."""
 
+    @property
+    def turns_states(self) -> bool:
+        """Whether it can turn queries and keys by a Hadamard matrix that the model asks for."""
+        ...
+
     def chosen(self, asked: Mapping[str, StateChoice], states: Sequence[Call]) -> Mapping[str, StateChoice]:
         """What becomes of states, given what rules ask for, by name; raises TargetError where it cannot be done."""
         ...

@@ -35,6 +35,8 @@ PAIRED = {
 class CacheTypes:
     """What llama.cpp stores keys and values in, beside float32: one type for all keys, one for all values."""
 
+    turns_states = False  # as a model asks for; heads of whole 64 channels it turns by itself
+
     def chosen(self, asked: Mapping[str, StateChoice], states: Sequence[Call]) -> Mapping[str, StateChoice]:
         """What was asked for by llama.cpp's own rules, and the queries.
 

@@ -18,6 +18,8 @@ from isogrid.targets.artifact import Artifact
 class AnyStates:
     """Queries, keys and values in any format: what PyTorch's caches hold are tensors like others."""
 
+    turns_states = True
+
     def chosen(self, asked: Mapping[str, StateChoice], states: Sequence[Call]) -> Mapping[str, StateChoice]:
         """What was asked for."""
         return asked

@@ -29,6 +29,8 @@ _KNOWN = "fp8_e4m3/tensor or fp8_e4m3/head, with scale=bfloat16 or scale=float16
 class CheckpointStates:
     """What vLLM reads of a checkpoint."""
 
+    turns_states = False
+
     def chosen(self, asked: Mapping[str, StateChoice], states: Sequence[Call]) -> Mapping[str, StateChoice]:
         """What was asked for; raises TargetError unless it is one static FP8 format for all layers' keys and values."""
         for name, choice in asked.items():

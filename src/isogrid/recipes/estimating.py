@@ -37,9 +37,11 @@ def estimated(recipe: Recipe, model: nn.Module, data: Data, accelerator: "Accele
 
     model.train()
     try:
-        steps = settings.total_steps(size(data.train)) * settings.accumulation
+        steps = settings.total_steps(size(data.train))
         device = accelerator.device if accelerator.device.type == "cuda" else None
         with explained_memory("A look at the first examples", LESS_MEMORY, model.parameters()):
-            return estimate(model, loss, max(1, at_once), steps, settings.optimizer, device)
+            return estimate(
+                model, loss, max(1, at_once), steps, settings.optimizer, device, settings.accumulation
+            )
     finally:
         model.eval()

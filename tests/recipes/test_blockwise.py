@@ -128,6 +128,7 @@ def test_what_makes_no_sense_together_is_refused(folder: Path, tmp_path: Path) -
     for change, message in (
         (("freeze_ranges: 1", "freeze_ranges: 0.9"), "set schedule.freeze_ranges to 1"),
         (("output:", "adapters: {rank: 2}\noutput:"), "adapters or blockwise"),
+        (("output:", "freeze: {}\noutput:"), "blockwise or freeze"),
         (("output:", "distillation: {}\noutput:"), "name a teacher"),
     ):
         with pytest.raises(RecipeError, match=message):

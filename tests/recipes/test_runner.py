@@ -93,8 +93,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# Two losses a step: 3 dies in the second step, before any checkpoint; 17 in the ninth, one step after a checkpoint.
-@pytest.mark.parametrize("die_at", [3, 17])
+# Eight losses for the estimate, then two a step: 11 dies in the second step, before any checkpoint; 25 in the ninth,
+# one step after a checkpoint.
+@pytest.mark.parametrize("die_at", [11, 25])
 def test_a_killed_run_continues_with_the_losses_it_would_have_had(
     tmp_path: Path, no_export: None, whole: Path, die_at: int
 ) -> None:
@@ -117,13 +118,23 @@ def test_a_killed_run_continues_with_the_losses_it_would_have_had(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_killed_run_of_adapters_continues_too(tmp_path: Path, no_export: None) -> None:
-    text = f"{RECIPE}adapters: {{rank: 2, match: '4'}}\n"
+@pytest.mark.parametrize(
+    ("text", "holds", "change", "message"),
+    [
+        (f"{RECIPE}adapters: {{rank: 2, match: '4'}}\n", "model.4.adapters.default.A", ("rank: 2", "rank: 1"),
+         r"adapters\.rank was 2 and is 1 now"),
+        (f"{RECIPE.replace('w4a8', 'q4_0')}freeze: {{match: '4', scales: false}}\n", "model.4.weight",
+         ("scales: false", "scales: true"), r"freeze\.scales was false and is true now"),
+    ],
+)  # fmt: skip
+def test_a_killed_run_of_a_part_continues_too(
+    text: str, holds: str, change: tuple[str, str], message: str, tmp_path: Path, no_export: None
+) -> None:
     run(recipe(tmp_path / "whole", text))
     (tmp_path / "recipe.yaml").write_text(text)
     killed = subprocess.run(
         [sys.executable, "-m", "isogrid", "run", "recipe.yaml", "--set", f"output={tmp_path / 'killed'}"],
-        env={**os.environ, "DIE_AT": "17", "PYTHONPATH": PATHS},
+        env={**os.environ, "DIE_AT": "25", "PYTHONPATH": PATHS},
         cwd=tmp_path,
         capture_output=True,
         check=False,
@@ -132,10 +143,10 @@ def test_a_killed_run_of_adapters_continues_too(tmp_path: Path, no_export: None)
     run(recipe(tmp_path / "killed", text), resume=True)
     assert scalars(tmp_path / "killed", "loss") == scalars(tmp_path / "whole", "loss")
     first, second = tensors(tmp_path / "killed"), tensors(tmp_path / "whole")
-    assert first.keys() == second.keys() and "model.4.adapters.default.A" in first
+    assert first.keys() == second.keys() and holds in first
     assert all(torch.equal(first[name], second[name]) for name in first)
-    with pytest.raises(RecipeError, match=r"adapters\.rank was 2 and is 1 now"):
-        run(recipe(tmp_path / "killed", text.replace("rank: 2", "rank: 1")), resume=True)
+    with pytest.raises(RecipeError, match=message):
+        run(recipe(tmp_path / "killed", text.replace(*change)), resume=True)
 
 
 def test_a_run_ends_with_a_verified_artefact_and_a_report(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Scales trained over frozen codes: against closed forms, and against the layers that the codes were taken from."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import isogrid as ig
 from isogrid.errors import PlanError
 from isogrid.layers.coded import CodedLinear
 from isogrid.layers.stored import StoredLinear
+from isogrid.training.checkpoint import load_training, save_training
 from tests.formats.helpers import assert_equal
 
 SCHEMES = ["w2a16-asym", "w3a16", "w4a16-asym", "q4_0", "q2_k", "q4_k", "q6_k", "tq2_0", "iq4_nl", "mxfp4", "q5_1"]
@@ -123,3 +125,105 @@ def test_what_cannot_be_coded_is_said() -> None:
     ig.prepare(frozen, ig.plan(frozen, scheme="q4_0", rules=rules, example_inputs=(torch.zeros(1, 64),)))
     with pytest.raises(PlanError, match="nothing to train"):
         ig.freeze_codes(frozen)
+
+
+class Three(nn.Module):
+    """Two blocks of two layers, a norm between them, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)) for _ in range(2)])
+        self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self.norm(x + block(x))
+        return self.head(x)
+
+
+def three() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model, x = Three(), torch.randn(8, 64)
+    return ig.prepare(model, ig.plan(model, scheme="q4_0", example_inputs=(x,))), x
+
+
+def training(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+BLOCK = {f"blocks.1.{layer}.{name}" for layer in (0, 2) for name in ("weight", "bias", "weight_quantizer.raw_scale")}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"match": "blocks.0", "scales": False}, BLOCK | {"norm.weight", "norm.bias"}),
+        ({"match": "re:blocks.0.\\d|norm", "scales": False}, BLOCK),
+        ({"match": ["blocks.0.*", "norm"]}, BLOCK | {f"blocks.0.{n}.weight_quantizer.raw_scale" for n in (0, 2)}),
+        ({"exclude": "blocks.1", "scales": False}, BLOCK),
+        ({"match": "*", "exclude": ["blocks.1", "norm"], "scales": False}, BLOCK | {"norm.weight", "norm.bias"}),
+    ],
+)
+def test_a_part_freezes_and_the_rest_trains(options: dict[str, Any], expected: set[str], tmp_path: Path) -> None:
+    model, x = three()
+    before = model(x).detach()
+    left = ig.freeze_codes(model, **options)
+    assert_equal(model(x).detach(), before)
+    assert isinstance(model.blocks[0][0], CodedLinear)
+    assert not isinstance(model.blocks[1][0], CodedLinear)
+    found = {name for name in training(model) if not name.startswith("head.")}
+    assert found == expected, left
+    codes = model.blocks[0][0].codes.clone()
+    scale = model.blocks[0][0].weight_quantizer.raw_scale.detach().clone()
+    optimizer = torch.optim.AdamW(ig.parameter_groups(model, lr=1e-2))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert_equal(model.blocks[0][0].codes, codes)
+    moved = "blocks.0.0.weight_quantizer.raw_scale" in expected
+    assert torch.equal(model.blocks[0][0].weight_quantizer.raw_scale, scale) != moved
+    # What was trained is what is deployed, and what a checkpoint brings back and goes on with.
+    served = ig.convert(model)(x)
+    assert_equal(served, model.eval()(x).detach())
+    save_training(tmp_path, model, optimizer, {"step": 3})
+    again = ig.restore(Three(), tmp_path)
+    assert training(again) == training(model)
+    assert_equal(ig.convert(again)(x), served)
+    resumed = torch.optim.AdamW(ig.parameter_groups(again, lr=1e-2))
+    assert load_training(tmp_path, again, resumed) == {"step": 3}
+    for some, stepper in ((model, optimizer), (again, resumed)):
+        some.train()
+        stepper.zero_grad()
+        some(x).square().mean().backward()
+        stepper.step()
+    assert_equal(again(x).detach(), model(x).detach())
+
+
+def test_frozen_stays_frozen_when_more_is_frozen() -> None:
+    model, x = three()
+    before = model(x).detach()
+    ig.freeze_codes(model, match="blocks.0", scales=False)
+    ig.freeze_codes(model, match="blocks.1", scales=False)
+    assert_equal(model(x).detach(), before)
+    assert {name for name in training(model) if name.startswith("blocks")} == set()
+
+
+def test_a_weight_that_another_layer_reads_trains_on() -> None:
+    model, x = Three(), torch.randn(8, 64)
+    model.blocks[1][0].weight = model.blocks[0][0].weight
+    ig.prepare(model, ig.plan(model, scheme="q4_0", example_inputs=(x,)))
+    left = ig.freeze_codes(model, match="blocks.0", scales=False)
+    assert left == {"blocks.0.0": "another layer reads the same weight"}
+    assert "blocks.0.0.weight" in training(model)
+
+
+def test_names_that_match_nothing_are_said() -> None:
+    model, _ = three()
+    with pytest.raises(PlanError, match=r"'blok.*' matches no module. Did you mean 'blocks"):
+        ig.freeze_codes(model, match="blok.*")
+    with pytest.raises(PlanError, match="'tail' matches no module"):
+        ig.freeze_codes(model, exclude="tail")
+    with pytest.raises(PlanError, match=r"nothing to train.*exclude="):
+        ig.freeze_codes(model, scales=False)
+    assert not any(isinstance(module, CodedLinear) for module in model.modules())

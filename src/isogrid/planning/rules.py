@@ -73,9 +73,7 @@ class Rule:
 
     def matches(self, name: str, type_: str, kind: str) -> bool:
         """Whether the pattern matches a layer or operation of this name, class and kind."""
-        if self.match.startswith("re:"):
-            return re.fullmatch(self.match[3:], name) is not None
-        return fnmatchcase(name, self.match) or self.match in (type_, kind)
+        return name_matches(name, self.match) or self.match in (type_, kind)
 
 
 @dataclass(frozen=True)
@@ -310,6 +308,17 @@ def unmatched_rule_error(rule: Rule, graph: Graph) -> PlanError:
         why = f"matches nothing.{nearest(rule.match, [*known, *states])}"
     text = f"The rule for {rule.match!r} {why} Layers and operations: {', '.join(known) or 'none'}."
     return PlanError(text + (f" Queries and caches of attention: {', '.join(states)}." if states else ""))
+
+
+def name_matches(name: str, pattern: str) -> bool:
+    r"""Whether a name is what a pattern with wildcards, or a regular expression behind `re:`, stands for.
+
+    >>> name_matches("layers.3.mlp", "layers.[0-4].*"), name_matches("layers.3.mlp", r"re:layers\.\d")
+    (True, False)
+    """
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatchcase(name, pattern)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -26,6 +26,7 @@ from isogrid.recipes.stages import (
     adapt,
     by_blocks,
     float_model,
+    freeze,
     make_optimizer,
     new_model,
     prepared_model,
@@ -72,6 +73,7 @@ def run(recipe: Recipe, *, resume: bool = False, restart: bool = False, progress
         data = with_generated(recipe, data, folder, accelerator, progress)
         prepared_model(recipe, model, data, accelerator)
         adapt(recipe, model, progress)
+        freeze(recipe, model, progress)
         if not resume:
             BlockFiles(folder.blocks).forget()
         by_blocks(recipe, model, data, folder.blocks, accelerator, progress)

@@ -219,6 +219,14 @@ class BlockwiseEntry(Part):
     optimizer: Literal["adamw", "adamw8bit", "adam", "sgd"] = "adamw"
 
 
+class FreezeEntry(Part):
+    """What stays as it is in training, its weights kept as codes; `isogrid.freeze_codes` says what each key does."""
+
+    match: Patterns | None = Field(default=None, description="Modules that freeze; all if not given.")
+    exclude: Patterns = Field(default_factory=list, description="Modules among them that train.")
+    scales: bool = Field(default=True, description="Whether the scales of frozen weights train.")
+
+
 class Calibration(Part):
     """What chooses the ranges before training."""
 
@@ -250,6 +258,7 @@ class Recipe(Part):
     blockwise: BlockwiseEntry | None = Field(
         default=None, description="Train block by block first; `training` then moves the scales alone, over codes."
     )
+    freeze: FreezeEntry | None = Field(default=None, description="Keep a part as frozen codes, and train the rest.")
     training: Training = Field(description="How long: `epochs` or `steps`; the rest has defaults.")
     controls: bool = Field(
         default=False, description="Also report PTQ, and the float model trained for as many more steps."
@@ -284,15 +293,17 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
-    def _trains_scales_to_the_end(self) -> "Recipe":
-        if self.blockwise is None:
+    def _trains_what_is_left(self) -> "Recipe":
+        given = [key for key in ("adapters", "blockwise", "freeze") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give {given[0]} or {given[1]}, not both: each says by itself what trains")
+        if given in ([], ["adapters"]):
             return self
-        if self.adapters is not None:
-            raise ValueError("give adapters or blockwise, not both: after blockwise only scales train")
         if self.distillation is not None and (self.distillation.teacher or self.distillation.phases) is None:
-            raise ValueError("after blockwise the model has no float weights to be its own teacher: name a teacher")
-        if self.schedule.freeze_ranges < 1:
-            raise ValueError("after blockwise only scales train: set schedule.freeze_ranges to 1")
+            raise ValueError(f"with {given[0]} the model has no float weights to be its own teacher: name a teacher")
+        only_scales = self.freeze is None or (self.freeze.match is None and not self.freeze.exclude)
+        if only_scales and self.schedule.freeze_ranges < 1:
+            raise ValueError(f"with {given[0]} only scales train: set schedule.freeze_ranges to 1")
         return self
 
 

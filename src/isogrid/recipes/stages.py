@@ -170,7 +170,17 @@ def by_blocks(
             model, batches, settings, blocks=entry.match, folder=folder,
             after_step=lambda path, step, loss: advance(f"{path} error {loss:.3g}"),
         )  # fmt: skip
-    left = freeze_codes(model)
+    _say_left(freeze_codes(model), progress)
+
+
+def freeze(recipe: Recipe, model: nn.Module, progress: Progress) -> None:
+    """Keep the part of a prepared model that a recipe freezes as codes, and say what keeps float weights."""
+    if recipe.freeze is not None:
+        entry = recipe.freeze
+        _say_left(freeze_codes(model, entry.match, exclude=entry.exclude, scales=entry.scales), progress)
+
+
+def _say_left(left: dict[str, str], progress: Progress) -> None:
     if left:
         progress.message(f"These keep float weights, frozen: {', '.join(f'{p} ({why})' for p, why in left.items())}.")
 

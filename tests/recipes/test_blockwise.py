@@ -29,7 +29,7 @@ training: {{steps: 4, batch_size: 2, checkpoint_every: 2, log_every: 1, activati
 output: {output}
 """
 
-LOOKS = 6
+LOOKS = 8
 """How often a run computes the loss before it trains, to say what it will take."""
 
 

@@ -44,7 +44,7 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "finish", lambda *arguments: RunResult((), None, Path()))
 
 
-@pytest.mark.parametrize(("text", "die_at"), [(RECIPE, 5), (STORED, 2)], ids=["teacher", "stored"])
+@pytest.mark.parametrize(("text", "die_at"), [(RECIPE, 13), (STORED, 10)], ids=["teacher", "stored"])
 def test_a_killed_run_continues_with_the_losses_it_would_have_had(tmp_path: Path, text: str, die_at: int) -> None:
     run(recipe(tmp_path / "whole", text))
     file = tmp_path / "recipe.yaml"

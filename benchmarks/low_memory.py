@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from steps import LAYERS, llama_config
 from torch import Tensor, nn
 
 import isogrid as ig
@@ -30,17 +31,7 @@ from isogrid.training.optimizers import make_optimizer
 
 
 def config(arguments: argparse.Namespace) -> Any:
-    import transformers
-
-    return transformers.LlamaConfig(
-        vocab_size=256,
-        hidden_size=arguments.hidden,
-        intermediate_size=3 * arguments.hidden,
-        num_hidden_layers=arguments.blocks,
-        num_attention_heads=arguments.hidden // 64,
-        num_key_value_heads=arguments.hidden // 128,
-        use_cache=False,
-    )
+    return llama_config(256, arguments.hidden, arguments.blocks)
 
 
 def float_model(arguments: argparse.Namespace) -> Any:
@@ -125,7 +116,7 @@ def qlora_of_peft(arguments: argparse.Namespace, optimizer: str, weights: Path) 
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     options = {"quantization_config": four_bits, "device_map": "cpu", "dtype": torch.float32}
     model = LlamaForCausalLM.from_pretrained(weights, **options).requires_grad_(False)
-    adapters = peft.LoraConfig(r=16, lora_alpha=32, target_modules=LAYERS)
+    adapters = peft.LoraConfig(r=16, lora_alpha=32, target_modules=list(LAYERS))
     adapted = peft.get_peft_model(model, adapters)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     return training(adapted, optimizer, [{"params": trained, "lr": 1e-5}], batches(arguments))
@@ -137,8 +128,6 @@ def qlora(arguments: argparse.Namespace, optimizer: str, weights: Path) -> Train
     ig.add_adapters(ig.prepare(model, plan), 16, 32, [f"*.{name}" for name in LAYERS], method="qlora")
     return training(model, optimizer, ig.parameter_groups(model, lr=1e-5), batches(arguments))
 
-
-LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 ROWS: dict[str, tuple[str, str, Callable[..., Training]]] = {
     "float": ("float, all weights", "adamw", in_float),

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 import isogrid as ig
 from isogrid.quantizers import compiled
+from isogrid.training.memory import peak_bytes, resting_bytes
 
 
 class Attention(nn.Module):
@@ -99,22 +101,8 @@ class Variant:
     def measure_memory(self, x: Tensor, target: Tensor) -> None:
         """Peak of one step, from the allocator's own record."""
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            self.step(x, target)
-        results: Any = profile.profiler
-        events = sorted(results.kineto_results.events(), key=lambda event: event.start_ns())
-        now = peak = 0
-        for event in events:
-            if event.name() == "[memory]":
-                now += event.nbytes()
-                peak = max(peak, now)
-        self.peak_bytes = peak + self.resting_bytes()
-
-    def resting_bytes(self) -> int:
-        """Parameters, buffers and optimizer state between two steps."""
-        state = [value for values in self.optimizer.state.values() for value in values.values()]
-        tensors = [*self.model.parameters(), *self.model.buffers(), *(t for t in state if isinstance(t, Tensor))]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        peak = peak_bytes(partial(self.step, x, target))
+        self.peak_bytes = peak + resting_bytes(self.model, self.optimizer)
 
 
 @contextmanager

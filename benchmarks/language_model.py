@@ -39,7 +39,7 @@ class LanguageModel:
     )
     task: ClassVar[str] = "cross-entropy"
     blocks: ClassVar[str] = "model.layers.*"
-    rates: ClassVar[dict[str, float]] = {"qat": 3e-4, "adapters": 1e-3, "blocks": 3e-4}
+    rates: ClassVar[dict[str, float]] = {"qat": 3e-4, "qad": 1e-4, "adapters": 1e-3, "blocks": 3e-4}
 
     def __init__(self, folder: Path, held_out: int = 4):
         self.recipe = load_recipe("llama-q4_0", [], demo=True)

@@ -36,7 +36,7 @@ class Subject(Protocol):
         schemes: (target, scheme) to try.
         task: name of the task's loss.
         blocks: names of the model's blocks.
-        rates: learning rates of `qat`, `adapters` and `blocks`.
+        rates: learning rates of `qat`, `qad`, `adapters` and `blocks`.
     """
 
     columns: ClassVar[tuple[str, ...]]
@@ -77,7 +77,7 @@ class Trial:
         if method == "qat":
             self._train(model, self.subject.task_loss, self.subject.rates["qat"])
         elif method == "qad":
-            self._train(model, self.subject.distillation_loss, self.subject.rates["qat"])
+            self._train(model, self.subject.distillation_loss, self.subject.rates["qad"])
         elif method == "lora":
             ig.add_adapters(model, rank=16)
             self._train(model, self.subject.distillation_loss, self.subject.rates["adapters"])
@@ -94,13 +94,17 @@ class Trial:
         return ig.calibrate(ig.prepare(model, plan), batches)
 
     def _train(self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], lr: float) -> None:
+        # So near the float model, larger steps only lead away from it.
+        lr *= 0.1 if self.scheme.startswith("w8") else 1
         schedule = ig.Schedule(model, total_steps=self.steps)
         optimizer = torch.optim.AdamW(ig.parameter_groups(model, lr=lr))
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         model.train()
         for batch in self.subject.batches(self.steps):
             optimizer.zero_grad()
             loss(model, batch).backward()
             optimizer.step()
+            decay.step()
             schedule.step()
 
 

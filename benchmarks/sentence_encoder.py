@@ -46,7 +46,7 @@ class SentenceEncoder:
     )
     task: ClassVar[str] = "contrastive"
     blocks: ClassVar[str] = "encoder.layer.*"
-    rates: ClassVar[dict[str, float]] = {"qat": 2e-5, "adapters": 5e-4, "blocks": 1e-4}
+    rates: ClassVar[dict[str, float]] = {"qat": 2e-5, "qad": 2e-5, "adapters": 5e-4, "blocks": 1e-4}
 
     def __init__(self, held_out: int = 128):
         self.folder = _folder_of_package()

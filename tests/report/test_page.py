@@ -9,7 +9,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from isogrid.errors import IsogridError
-from isogrid.report import ModelReport, Report, ResultRow, render_report, write_report
+from isogrid.report import LanguageFigures, ModelReport, Report, ResultRow, render_report, write_report
 from tests.report.examples import HOSTILE, ROWS, report
 
 VOID = {"meta", "link", "br", "wbr", "img", "input", "hr", "path"}
@@ -44,6 +44,21 @@ class Page(HTMLParser):
         self.texts.setdefault(tag, []).append(data)
         if "td" in self.open or ("th" in self.open and "tr" in self.open):
             self.rows[-1][-1] += data
+
+
+def test_language_models_have_a_table_of_their_own():
+    figures = LanguageFigures(43.95, 42.31, 45.73, 38_912, 43.94, 0.9987, 1923.4, None)
+    rows = (
+        ResultRow("float", "float", 0.2288, 11_500_000, language=replace(figures, trained_perplexity=None)),
+        ResultRow("Q4_0", "qat", 0.2277, 3_450_000, language=figures),
+    )
+    found = Page(render_report(report(rows=rows))).rows
+    assert found[0][2:] == [
+        "Perplexity", "95 % interval", "As trained", "Same best token as trained, %", "Right best token, %", "Size",
+        "Prompt, tokens/s", "Decoding, tokens/s",
+    ]  # fmt: skip
+    assert found[1][2:5] == ["43.95", "42.31 to 45.73", "–"]
+    assert found[2][2:] == ["43.95", "42.31 to 45.73", "43.94", "99.87", "22.77", "3.45 MB", "1,923", "–"]
 
 
 @pytest.fixture(scope="module")

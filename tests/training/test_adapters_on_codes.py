@@ -14,6 +14,7 @@ from isogrid.errors import PlanError
 from isogrid.formats import named_format
 from isogrid.layers.coded import CodedLinear
 from isogrid.layers.weights import base_of, weight_of
+from isogrid.planning.state import prepared_state
 from isogrid.quantizers import LSQ, MSE, Quantizer
 from isogrid.training.loftq import alternate
 from tests.models import assert_equal
@@ -96,12 +97,28 @@ def test_qlora_says_that_it_does_not_merge_exactly(scheme: str) -> None:
     with pytest.raises(PlanError, match=r"no grid holds their sum.*merge_adapters"):
         ig.convert(model)
     difference = ig.merge_difference(model, [x])
-    assert "NOT what was trained" in str(difference) and difference.result.max_difference > 0
+    assert "No grid holds the sum" in str(difference) and difference.result.max_difference > 0
     merged = weight_of(model[0]).detach()
     served = ig.merge_adapters(model)
     quantizer = served[0].weight_quantizer
     assert_equal(served[0].weight.detach(), merged)
     assert_equal(ig.convert(served)[0].weight, quantizer.quantize(merged).dequantize())
+
+
+def test_what_was_merged_by_quantising_anew_is_verified_with_a_note(tmp_path: Path) -> None:
+    for method in ("l4q", "qlora"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+        x = torch.randn(4, 64)
+        ig.prepare(model, ig.plan(model, scheme="w4a16", example_inputs=(x,)))
+        ig.add_adapters(model, rank=2, method=method)
+        fine_tune(model, x)
+        ig.save(ig.merge_adapters(model), tmp_path / method)
+        again = ig.restore(nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)), tmp_path / method)
+        assert prepared_state(again).requantized == (("default",) if method == "qlora" else ())
+        report = ig.verify(again, ig.export(again, tmp_path / f"{method}.onnx"), [x])
+        assert report and ["merging default (qlora)" in note for note in report.notes] == [True] * (method == "qlora")
+        assert ("NOTE: the artefact" in str(report)) == (method == "qlora")
 
 
 def test_qlora_keeps_four_bits_of_a_weight() -> None:

@@ -26,10 +26,12 @@ class PreparedState:
     Attributes:
         plan: of `isogrid.plan`.
         adapters: in the order in which they were added.
+        requantized: names of adapters that were merged by quantising the weights anew, which no training has seen.
     """
 
     plan: Plan
     adapters: tuple[AdapterSpec, ...] = ()
+    requantized: tuple[str, ...] = ()
 
 
 def add_state(model: nn.Module, plan: Plan) -> None:

@@ -14,6 +14,7 @@ from isogrid.recipes.data import Data, size
 from isogrid.recipes.folders import RunFolder
 from isogrid.recipes.language import LanguageData
 from isogrid.recipes.outcomes import Outcome, with_latencies, write_outcomes
+from isogrid.recipes.perplexity import Predictions, predictions
 from isogrid.recipes.progress import Progress
 from isogrid.recipes.schema import Optimization, Recipe
 from isogrid.recipes.stages import begins_untrained, load_float_weights, new_model, prepared_model, train_float
@@ -45,9 +46,9 @@ def finish(
     recipe: Recipe, model: nn.Module, data: Data, folder: RunFolder, accelerator: "Accelerator", progress: Progress
 ) -> RunResult:
     """Export and verify what a run has trained, measure it beside the float model, and write the report."""
-    _merge(recipe, model, data, progress)
+    trained = _merge(recipe, model, data, progress)
     end = _End(recipe, data, folder, accelerator, progress)
-    jobs: list[Callable[[], Outcome]] = [end.float, lambda: end.quantized("qat", model)]
+    jobs: list[Callable[[], Outcome]] = [end.float, lambda: end.quantized("qat", model, trained)]
     if recipe.controls:
         jobs = [end.float, end.longer, end.ptq, jobs[-1]]
     found = []
@@ -67,12 +68,18 @@ def finish(
     return RunResult(tuple(outcome.row for outcome in found), found[-1].verification, folder.path)
 
 
-def _merge(recipe: Recipe, model: nn.Module, data: Data, progress: Progress) -> None:
-    """Merge adapters that do not merge by themselves, and say what that changes on test data."""
-    if recipe.adapters is not None and not adapter_report(model).merges_exactly:
-        batches = islice((inputs for *inputs, _ in data.test_batches()), MERGE_BATCHES)
-        progress.message(str(merge_difference(model.cpu(), batches)))
-        merge_adapters(model)
+def _merge(recipe: Recipe, model: nn.Module, data: Data, progress: Progress) -> Predictions | None:
+    """Merge adapters that do not merge by themselves, and say what that changes on test data.
+
+    What a language model said of these before it was merged is what the table calls trained; else None.
+    """
+    if recipe.adapters is None or adapter_report(model).merges_exactly:
+        return None
+    batches = islice((inputs for *inputs, _ in data.test_batches()), MERGE_BATCHES)
+    progress.message(str(merge_difference(model.cpu().eval(), batches)))
+    trained = predictions(model, data.test_batches()) if isinstance(data, LanguageData) else None
+    merge_adapters(model)
+    return trained
 
 
 @dataclass(frozen=True)
@@ -113,13 +120,17 @@ class _End:
         model = prepared_model(self.recipe, self._float_model(), self.data, self.accelerator)
         return self.quantized("ptq", model)
 
-    def quantized(self, method: Literal["ptq", "qat"], model: nn.Module) -> Outcome:
-        """A quantised model in its runtime."""
+    def quantized(
+        self, method: Literal["ptq", "qat"], model: nn.Module, trained: Predictions | None = None
+    ) -> Outcome:
+        """A quantised model in its runtime; `trained` is what it said before it was merged, where that changed it."""
         path = self.folder.artifact(self.recipe.runtime)
         if method == "ptq":
             path = path.with_stem(f"{path.stem}-ptq")
-        outcome: Outcome = self._outcomes.quantized_outcome(self.recipe.scheme.upper(), method, model, self.data, path)
-        return outcome
+        name = self.recipe.scheme.upper()
+        if isinstance(self.data, LanguageData):
+            return language_outcomes.quantized_outcome(name, method, model, self.data, path, trained)
+        return outcomes.quantized_outcome(name, method, model, self.data, path)
 
     def _float_outcome(
         self, method: Literal["float", "float-extra"], model: nn.Module, name: str = "float"

@@ -66,15 +66,28 @@ def _float_row(
 
 
 def quantized_outcome(
-    name: str, method: Literal["ptq", "qat"], model: nn.Module, data: LanguageData, path: Path
+    name: str,
+    method: Literal["ptq", "qat"],
+    model: nn.Module,
+    data: LanguageData,
+    path: Path,
+    trained: Predictions | None = None,
 ) -> Outcome:
-    """Export a prepared model, verify it, and run it on the test data in PyTorch and in its runtime."""
+    """Export a prepared model, verify it, and run it on the test data in PyTorch and in its runtime.
+
+    Args:
+        name, method: of the row.
+        model: prepared.
+        data: with the text.
+        path: of the artefact.
+        trained: what was trained says about the test data, where the model is another one since it was merged.
+    """
     model.cpu().eval()
     artifact = export(with_tokenizer(model, data), path)
     verification = verify(
         model, artifact, islice(data.test_batches(VERIFIED), 1), lambda outputs, batch: data.metric(outputs, batch[-1])
     )
-    trained = predictions(model, data.test_batches())
+    trained = predictions(model, data.test_batches()) if trained is None else trained
     row = measured(name, method, load(artifact.path), artifact.path, trained, data)
     return Outcome(row, model_report(name, method, model, verification), artifact, verification)
 

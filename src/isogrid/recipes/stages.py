@@ -142,7 +142,9 @@ def prepared_model(recipe: Recipe, model: nn.Module, data: Data, accelerator: "A
 def adapt(recipe: Recipe, model: nn.Module, progress: Progress) -> None:
     """Give a prepared model the adapters of a recipe, if it has any, and say what becomes of them."""
     if recipe.adapters is not None:
-        progress.message(str(add_adapters(model, **recipe.adapters.model_dump())))
+        report = add_adapters(model, **recipe.adapters.model_dump())
+        later = "" if report.merges_exactly else " This run does so on its test data, after training."
+        progress.message(f"{report}{later}")
 
 
 def by_blocks(

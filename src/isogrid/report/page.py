@@ -30,6 +30,7 @@ def render_report(report: Report) -> str:
         speed_up=speed_up,
         plotly=Markup(get_plotlyjs()),
         highlights=highlights(report.rows),
+        language=all(row.language is not None for row in report.rows),
         keys={(model.name, model.method): f"model-{index}" for index, model in enumerate(report.models)},
     )
 

@@ -322,6 +322,8 @@ def _check_rank(model: nn.Module, layers: Sequence[str], rank: int, method: str)
             )
 
 
-def set_specs(model: nn.Module, specs: tuple[AdapterSpec, ...]) -> None:
-    """Write down which adapters a model has."""
-    setattr(model, STATE_NAME, replace(prepared_state(model), adapters=specs))
+def set_specs(model: nn.Module, specs: tuple[AdapterSpec, ...], requantized: tuple[str, ...] = ()) -> None:
+    """Write down which adapters a model has, and which ones it had that were merged by quantising anew."""
+    state = prepared_state(model)
+    requantized = (*state.requantized, *requantized)
+    setattr(model, STATE_NAME, replace(state, adapters=specs, requantized=requantized))

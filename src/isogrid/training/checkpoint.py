@@ -22,7 +22,7 @@ from isogrid.layers.adapters import AdapterSpec
 from isogrid.planning.plan import Plan
 from isogrid.planning.prepare import prepare
 from isogrid.planning.state import prepared_state
-from isogrid.training.adapters import attach, use_adapters
+from isogrid.training.adapters import attach, set_specs, use_adapters
 from isogrid.training.codes import code_layers, coded_layers
 from isogrid.training.optimizer_state import load_optimizer, optimizer_parts
 
@@ -84,6 +84,7 @@ def _train_the_same(model: nn.Module, manifest: dict[str, Any]) -> None:
     specs = [AdapterSpec.from_json(entry) for entry in manifest.get("adapters", [])]
     for spec in specs:
         attach(model, spec)
+    set_specs(model, prepared_state(model).adapters, tuple(manifest.get("requantized", ())))
     if specs:
         use_adapters(model, *[spec.name for spec in specs if spec.active])
     for name, parameter in model.named_parameters():
@@ -121,7 +122,7 @@ def save_training(
         companion: another model that the optimizer trains, such as a teacher that learns along.
     """
     tensors, plain = optimizer_parts(optimizer)
-    generators, others = _random_state()
+    generators, others = random_state()
     files = {"model": dict(model.state_dict()), "optimizer": tensors, "random": generators}
     if companion is not None:
         files["companion"] = dict(companion.state_dict())
@@ -149,7 +150,7 @@ def load_training(
     load_state(model, tensors, folder)
     if companion is not None and others is not None:
         load_state(companion, others, folder)
-    _set_random_state(generators, manifest["generators"])
+    set_random_state(generators, manifest["generators"])
     extra: dict[str, Any] = manifest["extra"]
     return extra
 
@@ -192,6 +193,7 @@ def _commit(folder: Path, model: nn.Module, files: dict[str, dict[str, Tensor]],
         "plan": json.loads(state.plan.to_json()),
         "coded": coded_layers(model),
         "adapters": [spec.to_json() for spec in state.adapters],
+        "requantized": list(state.requantized),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
     }
     # A run that was killed while it wrote may have left drafts.
@@ -252,7 +254,7 @@ def _read_tensors(folder: Path, manifest: dict[str, Any], name: str) -> dict[str
         raise CheckpointError(f"The checkpoint {folder} is incomplete: {type(error).__name__}: {error}.") from error
 
 
-def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of all global random generators: torch's as tensors, Python's and numpy's as JSON."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -261,7 +263,8 @@ def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
 
 
-def _set_random_state(tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+def set_random_state(tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    """Set the global random generators to what `random_state` gave."""
     torch.set_rng_state(tensors["cpu"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])

@@ -17,7 +17,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
     By the methods `l4q` and `qa-lora` codes and scales are those that were trained; `convert` and `export` need no such
     call, for they see the merged weight anyway. By `qlora` the sum is quantised anew, with the range that fits it, and
-    the model is another one than was trained: `isogrid.merge_difference` says by how much.
+    the model is another one than was trained: `isogrid.merge_difference` says by how much. `isogrid.verify` notes it.
 
     Args:
         model: prepared, with adapters.
@@ -43,7 +43,8 @@ def merge_adapters(model: nn.Module) -> nn.Module:
         layer.__dict__.pop(ATTRIBUTE, None)
         layer._modules.pop(ATTRIBUTE, None)
     exchange(model, made)
-    set_specs(model, ())
+    anew = tuple(spec.name for spec in prepared_state(model).adapters if spec.active and spec.method == "qlora")
+    set_specs(model, (), anew)
     return model
 
 

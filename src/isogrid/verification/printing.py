@@ -20,6 +20,8 @@ def printed(report: "VerificationReport") -> Iterator[RenderableType]:
     yield report_table(report)
     if report.unread:
         yield Text(f"not in the artefact, for no output depends on them: {', '.join(report.unread)}")
+    for note in report.notes:
+        yield Text(f"NOTE: {note}", style="yellow")
     failures = report.failures
     for number, line in enumerate(failures[:SHOWN_FAILURES]):
         yield Text(f"{'FAILS' if number == 0 else ' then'}: {line}", style="bold red" if number == 0 else "red")

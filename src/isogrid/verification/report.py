@@ -229,6 +229,7 @@ class VerificationReport:
         problems: what no check can hold, such as a site that the file does not have.
         unread: sites that the file does not have, for no output depends on them.
         deployment: the outputs as deployed, where looking at codes may change how a runtime computes.
+        notes: what holds, and is to be known: that the model itself is not the one that was trained.
     """
 
     artifact: str
@@ -242,6 +243,7 @@ class VerificationReport:
     problems: tuple[str, ...] = field(default=())
     unread: tuple[str, ...] = field(default=())
     deployment: tuple[DeploymentCheck, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
 
     @property
     def exact(self) -> bool:

@@ -52,7 +52,17 @@ def verify_artifact(
     verification = _Verification(convert(model).cpu(), load_artifact(artifact), plan, metric)
     for batch in batches:
         verification.add(batch)
-    return verification.report()
+    return replace(verification.report(), notes=_notes(model))
+
+
+def _notes(model: nn.Module) -> tuple[str, ...]:
+    names = prepared_state(model).requantized
+    if not names:
+        return ()
+    return (
+        f"the artefact is the model as it was merged, and that is not what was trained: merging {', '.join(names)} "
+        "(qlora) quantised the weights anew. isogrid.merge_difference(model, batches) measures it, before the merge.",
+    )
 
 
 class _Verification:

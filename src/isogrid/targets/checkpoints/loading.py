@@ -1,8 +1,10 @@
 """A checkpoint at work in transformers, which decompresses it by the package of its layout."""
 
 import copy
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from importlib import import_module
 from math import prod
@@ -23,6 +25,22 @@ from isogrid.targets.runtime import Observed, RuntimeOperator
 
 Part = tuple[Tensor, Mapping[str, Tensor]]
 """Numbers of rows of a weight, and the tensors that these are stored in."""
+
+
+@contextmanager
+def loading_quietly(library: Any) -> Iterator[None]:
+    """While open, transformers shows no progress, and does not say that a checkpoint brings its own layout."""
+    logging: Any = import_module(f"{library.__name__}.utils.logging")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
 
 class CheckpointModel(ABC):
     """A checkpoint loaded by `from_pretrained`, in the dtype of its config.
@@ -52,7 +70,8 @@ class CheckpointModel(ABC):
         """
         options = {"dtype": self._config.dtype, **self.loading_options()}
         try:
-            return self._kind.from_pretrained(self.artifact.path, **options).eval()
+            with loading_quietly(self._library):
+                return self._kind.from_pretrained(self.artifact.path, **options).eval()
         except (OSError, ValueError, RuntimeError, AttributeError) as error:
             raise TargetError(f"transformers does not load {self.artifact.path}: {error}") from error
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from isogrid.errors import ArtifactError, TargetError
 from isogrid.formats import Format, Quantized, named_format
 from isogrid.planning.plan import LayerPlan, Plan, StatePlan
-from isogrid.targets.checkpoints.loading import CheckpointModel, inside, is_stack
+from isogrid.targets.checkpoints.loading import CheckpointModel, inside, is_stack, loading_quietly
 from isogrid.targets.compressed_tensors.config import weight_arguments
 from isogrid.targets.compressed_tensors.packing import layout_of
 from isogrid.targets.compressed_tensors.states import NAMES
@@ -37,7 +37,8 @@ class CompressedModel(CheckpointModel):
         if not _is_decompressed_first(self.artifact.plan):
             return super().model
         options = {"config": self.float_config(), "state_dict": self._decompressed(), "dtype": self._config.dtype}
-        model, report = self._kind.from_pretrained(None, **options, output_loading_info=True)
+        with loading_quietly(self._library):
+            model, report = self._kind.from_pretrained(None, **options, output_loading_info=True)
         if report["missing_keys"] or report["unexpected_keys"]:
             raise ArtifactError(f"{self.artifact.path} has other tensors than the model: {report}. Export again.")
         return model.eval()

@@ -143,7 +143,10 @@ class SelfTeacher:
 
 
 def moving(model: nn.Module, names: Any = None) -> dict[str, Tensor]:
-    """What training changes of a prepared model, but for its quantisers: trainable parameters, and float buffers.
+    """What training changes of a prepared model, but for its quantisers: what trains, float buffers, and counters.
+
+    A batch norm's counter decides nothing in evaluation, but a teacher that moved with the student's would have another
+    digest after a resume.
 
     Args:
         model: prepared.
@@ -156,9 +159,13 @@ def moving(model: nn.Module, names: Any = None) -> dict[str, Tensor]:
     return {
         name: tensor
         for name, tensor in tensors.items()
-        if (tensor.requires_grad or (not isinstance(tensor, nn.Parameter) and tensor.is_floating_point()))
+        if (tensor.requires_grad or (not isinstance(tensor, nn.Parameter) and _moves(tensor)))
         and not name.startswith(own)
     }
+
+
+def _moves(buffer: Tensor) -> bool:
+    return buffer.is_floating_point() or buffer.dim() == 0
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """A recipe whose blocks train first and whose scales train then: killed in either stage, it ends the same."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,11 +9,9 @@ from safetensors.torch import load_file
 from isogrid.errors import MemoryExhaustedError, RecipeError
 from isogrid.recipes.document import parse
 from isogrid.recipes.loading import load_recipe, validated
-from isogrid.recipes.progress import Silent
 from isogrid.recipes.runner import run
 from isogrid.recipes.schema import Recipe
-from isogrid.recipes.tokens import byte_level_tokenizer
-from tests.recipes.test_language import prose
+from tests.recipes.killing import Dying, Killed
 
 RECIPE = """
 model: {{name: language-model, arguments: {{layers: 2, hidden: 64, feed_forward: 64, context: 64}}}}
@@ -33,38 +29,8 @@ LOOKS = 8
 """How often a run computes the loss before it trains, to say what it will take."""
 
 
-class Killed(BaseException):
-    """The process ends."""
-
-
-class Dying(Silent):
-    """Ends the process at some moment of a task."""
-
-    def __init__(self, task: str, at: int):
-        self.name, self.left = task, at
-
-    @contextmanager
-    def task(self, title: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
-        def advance(text: str) -> None:
-            if title.startswith(self.name):
-                self.left -= 1
-                if self.left == 0:
-                    raise Killed
-
-        yield advance
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("blockwise")
-    (path / "text.txt").write_text(prose(0, 3000), encoding="utf-8")
-    byte_level_tokenizer((prose(1, 2000),), 320).save_pretrained(path / "tokenizer")
-    return path
-
-
 @pytest.fixture(autouse=True)
-def _alone(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     # What comes after training is not looked at here.
     monkeypatch.setattr("isogrid.recipes.runner.finish", lambda *arguments: None)
 
@@ -92,7 +58,7 @@ def test_a_killed_run_ends_as_if_it_was_not(
     task: str, at: int, folder: Path, whole: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     with pytest.raises(Killed):
-        run(recipe(folder, tmp_path), progress=Dying(task, at))
+        run(recipe(folder, tmp_path), progress=Dying(at, task))
     run(recipe(folder, tmp_path), resume=True)
     found = trained(tmp_path)
     assert found.keys() == whole.keys()

@@ -1,13 +1,8 @@
-"""A recipe that distils goes on after a kill as if nothing had happened, and refuses what makes no sense."""
+"""A recipe that distils refuses what makes no sense."""
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 from torch import nn
 
 from isogrid.errors import DistillationError, RecipeError
@@ -16,7 +11,6 @@ from isogrid.recipes.document import parse
 from isogrid.recipes.loading import load_recipe, validated
 from isogrid.recipes.runner import RunResult, run
 from isogrid.recipes.schema import Recipe
-from tests.recipes.test_runner import PATHS, scalars, tensors
 
 RECIPE = """\
 model: tests.recipes.tiny:model
@@ -42,25 +36,6 @@ def recipe(folder: Path, text: str = RECIPE) -> Recipe:
 @pytest.fixture(autouse=True)
 def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "finish", lambda *arguments: RunResult((), None, Path()))
-
-
-@pytest.mark.parametrize(("text", "die_at"), [(RECIPE, 13), (STORED, 10)], ids=["teacher", "stored"])
-def test_a_killed_run_continues_with_the_losses_it_would_have_had(tmp_path: Path, text: str, die_at: int) -> None:
-    run(recipe(tmp_path / "whole", text))
-    file = tmp_path / "recipe.yaml"
-    file.write_text(text)
-    killed = subprocess.run(
-        [sys.executable, "-m", "isogrid", "run", str(file), "--set", f"output={tmp_path / 'killed'}"],
-        env={**os.environ, "DIE_AT": str(die_at), "PYTHONPATH": PATHS},
-        cwd=tmp_path,
-        capture_output=True,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    run(recipe(tmp_path / "killed", text), resume=True)
-    assert scalars(tmp_path / "killed", "loss") == scalars(tmp_path / "whole", "loss")
-    first, second = tensors(tmp_path / "killed"), tensors(tmp_path / "whole")
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def wider() -> nn.Module:

@@ -13,7 +13,7 @@ from isogrid.recipes.loading import validated
 from isogrid.recipes.progress import Silent
 from isogrid.recipes.runner import RunResult, run
 from isogrid.recipes.schema import Recipe
-from tests.recipes.test_language import prose
+from tests.recipes.tiny import prose
 
 RECIPE = """
 model: {name: language-model, arguments: {layers: 1, hidden: 64, feed_forward: 64, context: 16}}

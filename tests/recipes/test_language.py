@@ -20,29 +20,7 @@ from isogrid.recipes.runner import run
 from isogrid.recipes.sources import make_model
 from isogrid.recipes.stages import begins_untrained
 from isogrid.recipes.tokens import END, Packed, byte_level_tokenizer, documents_of, token_file
-
-WORDS = ("the", "cat", "sat", "on", "mat", "and", "dog", "ran", "to", "door", "while", "a", "bird", "sang", "of")
-
-
-def prose(seed: int, words: int) -> str:
-    """Random prose in which every word depends on the one before."""
-    generator = torch.Generator().manual_seed(seed)
-    steps = torch.randint(1, 4, (words,), generator=generator).cumsum(0)
-    return "".join(WORDS[int(step) % len(WORDS)] + (".\n" if step % 17 == 0 else " ") for step in steps)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text and a tokenizer of it."""
-    path = tmp_path_factory.mktemp("language")
-    (path / "text.txt").write_text(prose(0, 6000), encoding="utf-8")
-    byte_level_tokenizer((prose(1, 2000),), 320).save_pretrained(path / "tokenizer")
-    return path
-
-
-@pytest.fixture(autouse=True)
-def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+from tests.recipes.tiny import prose
 
 
 def test_every_python_carries_english_enough():

@@ -2,23 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from isogrid.errors import DistillationError, RecipeError
 from isogrid.recipes import runner
 from isogrid.recipes.document import parse
 from isogrid.recipes.loading import validated
-from isogrid.recipes.progress import Silent
 from isogrid.recipes.runner import RunResult, run
 from isogrid.recipes.schema import Recipe
-from isogrid.recipes.tokens import byte_level_tokenizer
-from tests.recipes.test_language import prose
-from tests.recipes.test_runner import scalars, tensors
+from tests.recipes.killing import Dying, survives, tensors
 
 STEPS = 6
 VISION = """
@@ -41,6 +38,8 @@ CASES = {
     "phases, self-study": (VISION + PHASES, 1),
     "phases, co-study": (VISION + PHASES, 4),
     "phases, tutoring": (VISION + PHASES, 6),
+    "features and labels": (VISION + "distillation: {task: 0.25, features: {'4': 0.1}}\n", 3),
+    "a stored teacher": (VISION.replace("tiny:data", "tiny:plain_data") + "distillation: {task: 0.25, top: 2}\n", 2),
     "relations": (VISION + "distillation: {relations: {'0': 1.0}, features: {'4': 0.1}, reverse: 0.5}\n", 3),
     "a teacher in 8 bits": (VISION + "distillation: {teacher_format: int8/channel, temperature: 2.0}\n", 3),
     "bfloat16": (VISION.replace("{steps", "{precision: bfloat16, steps"), 4),
@@ -56,67 +55,26 @@ WRITTEN = {
 }
 
 
-class Killed(BaseException):
-    """The process ends."""
-
-
-class Dying(Silent):
-    """Ends a training at some step: after its update, before its checkpoint."""
-
-    def __init__(self, at: int):
-        self.left = at
-
-    @contextmanager
-    def task(self, title: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
-        def advance(text: str) -> None:
-            self.left -= title.startswith("training")
-            if self.left == 0:
-                raise Killed
-
-        yield advance
-
-
 @pytest.fixture(autouse=True)
-def _alone(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "finish", lambda *arguments: RunResult((), None, Path()))
     monkeypatch.setattr(runner, "estimated", lambda *arguments: "no time at all")  # another test looks at it
-    AcceleratorState._reset_state()  # a process has one precision; runs in other precisions come after each other here
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text")
-    (path / "text.txt").write_text(prose(0, 2000), encoding="utf-8")
-    byte_level_tokenizer((prose(1, 2000),), 320).save_pretrained(path / "tokenizer")
-    return path
 
 
 def recipe(text: str, output: Path) -> Recipe:
     return validated(parse(f"{text}\noutput: {output}\n", "recipe.yaml"))
 
 
-def survives(text: str, at: int, folder: Path) -> None:
-    run(recipe(text, folder / "whole"))
-    with pytest.raises(Killed):
-        run(recipe(text, folder / "killed"), progress=Dying(at))
-    run(recipe(text, folder / "killed"), resume=True)
-    assert scalars(folder / "killed", "loss") == scalars(folder / "whole", "loss")
-    found, expected = tensors(folder / "killed"), tensors(folder / "whole")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
 @pytest.mark.parametrize(("text", "at"), CASES.values(), ids=CASES)
 def test_a_killed_run_goes_on(text: str, at: int, tmp_path: Path) -> None:
-    survives(text, at, tmp_path)
+    survives(partial(recipe, text), at, tmp_path)
 
 
 @pytest.mark.parametrize(("scheme", "more", "at"), WRITTEN.values(), ids=WRITTEN)
 def test_a_killed_run_of_a_language_model_goes_on(
     scheme: str, more: str, at: int, folder: Path, tmp_path: Path
 ) -> None:
-    survives(LANGUAGE.format(folder=folder, scheme=scheme) + more, at, tmp_path)
+    survives(partial(recipe, LANGUAGE.format(folder=folder, scheme=scheme) + more), at, tmp_path)
 
 
 def test_a_teacher_that_learns_along_moves_in_co_study_alone(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from isogrid.errors import CheckpointError, NonFiniteError, RecipeError
@@ -22,6 +22,7 @@ from isogrid.recipes.loading import validated
 from isogrid.recipes.progress import Silent
 from isogrid.recipes.runner import RunResult, run
 from isogrid.recipes.schema import Recipe
+from tests.recipes.killing import assert_same, scalars, survives, tensors
 
 ROOT = Path(__file__).parents[2]
 PATHS = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
@@ -52,11 +53,6 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "finish", lambda *arguments: RunResult((), None, Path()))
 
 
-def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    return [(event.step, event.value) for event in events.Scalars(name)]
-
-
 @pytest.mark.usefixtures("no_export")
 def test_a_run_says_what_it_will_take_and_is_the_same_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Listening(Silent):
@@ -71,16 +67,6 @@ def test_a_run_says_what_it_will_take_and_is_the_same_for_it(tmp_path: Path, mon
     run(recipe(tmp_path / "untold"))
     told, untold = tensors(tmp_path / "told"), tensors(tmp_path / "untold")
     assert all(torch.equal(tensor, untold[name]) for name, tensor in told.items())
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the last checkpoint."""
-    files = json.loads((folder / "checkpoint" / "checkpoint.json").read_text())["files"]
-    return {
-        f"{part}.{name}": tensor
-        for part, entry in files.items()
-        for name, tensor in load_file(folder / "checkpoint" / entry["file"]).items()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +96,8 @@ def test_a_killed_run_continues_with_the_losses_it_would_have_had(
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     run(recipe(tmp_path / "killed"), resume=True)
-    for name in ("loss", "learning_rate", "sqnr_db/0", "saturation/4"):
-        assert scalars(tmp_path / "killed", name) == scalars(whole, name)
+    assert_same(tmp_path / "killed", whole, ("loss", "learning_rate", "sqnr_db/0", "saturation/4"))
     assert len(scalars(whole, "loss")) == 12
-    first, second = tensors(tmp_path / "killed"), tensors(whole)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize(
@@ -130,21 +112,7 @@ def test_a_killed_run_continues_with_the_losses_it_would_have_had(
 def test_a_killed_run_of_a_part_continues_too(
     text: str, holds: str, change: tuple[str, str], message: str, tmp_path: Path, no_export: None
 ) -> None:
-    run(recipe(tmp_path / "whole", text))
-    (tmp_path / "recipe.yaml").write_text(text)
-    killed = subprocess.run(
-        [sys.executable, "-m", "isogrid", "run", "recipe.yaml", "--set", f"output={tmp_path / 'killed'}"],
-        env={**os.environ, "DIE_AT": "25", "PYTHONPATH": PATHS},
-        cwd=tmp_path,
-        capture_output=True,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    run(recipe(tmp_path / "killed", text), resume=True)
-    assert scalars(tmp_path / "killed", "loss") == scalars(tmp_path / "whole", "loss")
-    first, second = tensors(tmp_path / "killed"), tensors(tmp_path / "whole")
-    assert first.keys() == second.keys() and holds in first
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert holds in survives(partial(recipe, text=text), 9, tmp_path)
     with pytest.raises(RecipeError, match=message):
         run(recipe(tmp_path / "killed", text.replace(*change)), resume=True)
 

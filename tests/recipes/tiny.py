@@ -66,3 +66,13 @@ def plain_data() -> Data:
 def wide_model() -> nn.Module:
     """Its first layer has groups of 32."""
     return nn.Sequential(nn.Flatten(), nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3), nn.Identity())
+
+
+WORDS = ("the", "cat", "sat", "on", "mat", "and", "dog", "ran", "to", "door", "while", "a", "bird", "sang", "of")
+
+
+def prose(seed: int, words: int) -> str:
+    """Random prose in which every word depends on the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randint(1, 4, (words,), generator=generator).cumsum(0)
+    return "".join(WORDS[int(step) % len(WORDS)] + (".\n" if step % 17 == 0 else " ") for step in steps)

@@ -124,7 +124,8 @@ def qlora_of_peft(arguments: argparse.Namespace, optimizer: str, weights: Path) 
 
 def qlora(arguments: argparse.Namespace, optimizer: str, weights: Path) -> Training:
     model = float_model(arguments)
-    plan = ig.plan(model, target="bitsandbytes", scheme="nf4-double", example_inputs=batches(arguments)[0])
+    absmax = [ig.Rule(match="Linear", range="absmax")]  # as bitsandbytes has it
+    plan = ig.plan(model, scheme="nf4-double", rules=absmax, example_inputs=batches(arguments)[0])
     ig.add_adapters(ig.prepare(model, plan), 16, 32, [f"*.{name}" for name in LAYERS], method="qlora")
     return training(model, optimizer, ig.parameter_groups(model, lr=1e-5), batches(arguments))
 

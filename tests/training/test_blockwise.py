@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import isogrid as ig
 from isogrid.errors import CheckpointError, MemoryExhaustedError, NonFiniteError, NotCalibratedError, PlanError
 from isogrid.quantizers import Quantizer
-from isogrid.training.blocks import find_blocks
+from isogrid.training.block_sources import moved
+from isogrid.training.blocks import Call, find_blocks
 from tests.formats.helpers import assert_equal
 
 NO_MOVE = ig.Blockwise(epochs=1, lr=1e-30, scale_lr=1e-30)
@@ -257,3 +258,72 @@ def test_bad_input_is_named() -> None:
         ig.train_blockwise(model, batches)
     with pytest.raises(PlanError, match="No list of blocks"):
         find_blocks(nn.Linear(2, 2))
+
+
+HOME, AWAY = torch.device("cpu"), torch.device("cpu", 0)
+"""Two names of the same memory: modules are seen to move where there is no other device to move them to."""
+
+
+@pytest.fixture
+def places(monkeypatch: pytest.MonkeyPatch) -> dict[nn.Module, torch.device]:
+    """Where modules were last moved to."""
+    found: dict[nn.Module, torch.device] = {}
+    monkeypatch.setattr(nn.Module, "to", lambda module, device: found.update({module: device}) or module)
+    return found
+
+
+@pytest.mark.parametrize(("scheme", "borrowed"), [("w2a16-asym", 0), ("w8a8", 2)])
+def test_a_block_is_on_the_device_while_it_trains_and_then_back(
+    scheme: str, borrowed: int, places: dict[nn.Module, torch.device]
+) -> None:
+    def calibrated() -> nn.Module:
+        model, batches = made(scheme)
+        return ig.calibrate(model, batches) if scheme == "w8a8" else model
+
+    expected = calibrated()
+    results = ig.train_blockwise(expected, BATCHES, QUICK)
+    assert set(places.values()) == {HOME}
+    places.clear()
+    model = calibrated()
+    seen: dict[str, int] = {}
+
+    def after_step(path: str, step: int, loss: float) -> None:
+        away = {module for module, place in places.items() if place == AWAY} - {model.get_submodule(path)}
+        # Beside the block there are only the quantizers of what other parts of the model hand to it.
+        assert all(isinstance(module, Quantizer) for module in away)
+        assert places[model.get_submodule(path)] == AWAY
+        seen[path] = len(away)
+
+    assert ig.train_blockwise(model, BATCHES, QUICK, device=AWAY, after_step=after_step) == results
+    assert seen == {"blocks.0": 0, "blocks.1": borrowed, "blocks.2": borrowed}
+    assert set(places.values()) == {HOME}
+    for name, tensor in expected.state_dict().items():
+        assert_equal(model.state_dict()[name], tensor)
+
+
+def test_a_block_comes_back_from_the_device_when_it_fails(
+    uninterrupted: Any, tmp_path: Path, places: dict[nn.Module, torch.device]
+) -> None:
+    model, _ = made()
+
+    def after_step(path: str, step: int, loss: float) -> None:
+        if path == "blocks.1" and step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    with pytest.raises(MemoryExhaustedError, match=r"blocks\.1"):
+        ig.train_blockwise(model, BATCHES, QUICK, folder=tmp_path, device=AWAY, after_step=after_step)
+    assert places == {model.blocks[0]: HOME, model.blocks[1]: HOME}
+    assert ig.train_blockwise(model, BATCHES, QUICK, folder=tmp_path, device=AWAY) == uninterrupted[1]
+    assert set(places.values()) == {HOME}
+
+
+def test_a_call_that_moves_knows_its_hidden_state_again() -> None:
+    hidden, mask = torch.ones(2, 3), torch.zeros(2, 3)
+    call = moved(Call((hidden, 7), {"mask": mask, "again": hidden}, hidden), torch.device("meta"))
+    assert call.args[0] is call.hidden and call.kwargs["again"] is call.hidden
+    assert {tensor.device.type for tensor in (call.hidden, call.kwargs["mask"])} == {"meta"}
+    assert call.args[1] == 7
+    other = torch.empty(2, 3, device="meta")
+    received: list[Any] = []
+    call.run(lambda *args, **kwargs: received.extend([args, kwargs]) or args[0], other)
+    assert received[0][0] is other and received[1]["again"] is other and received[1]["mask"] is call.kwargs["mask"]

@@ -105,14 +105,14 @@ class BlockFiles:
             raise CheckpointError(f"{self.step_file} is corrupt: {error}.") from error
         if position["block"] != index:
             return None  # of the block before, and not yet overwritten
-        tensors = file.read_all()
-        load_state(block, _under("block/", tensors), self.step_file)
-        load_optimizer(optimizer, _under("optimizer/", tensors), position["optimizer"], self.step_file)
+        # One after the other, for together they are three blocks.
+        load_state(block, _under("block/", file), self.step_file)
+        load_optimizer(optimizer, _under("optimizer/", file), position["optimizer"], self.step_file)
         return int(position["step"]), list(position["losses"])
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _under(prefix: str, file: TensorFile) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): file.read(name) for name in file.names if name.startswith(prefix)}
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -12,6 +12,7 @@ from isogrid.planning.parts import plan_around, plan_of_part
 from isogrid.planning.plan import Plan
 from isogrid.planning.prepare import prepare, prepare_part
 from isogrid.planning.state import STATE_NAME, STEP_NAME, PreparedState
+from isogrid.quantizers import Quantizer
 from isogrid.training.block_files import BlockFiles
 from isogrid.training.blocks import Call
 from isogrid.training.checkpoint import load_state
@@ -40,6 +41,10 @@ class BlockSource(Protocol):
         """Write a trained block down and let it go."""
         ...
 
+    def put_back(self) -> None:
+        """Move what `open` has moved back to where it was, whether or not it was trained."""
+        ...
+
     def restore(self, index: int, files: BlockFiles) -> None:
         """Take over a block that was trained before."""
         ...
@@ -64,15 +69,25 @@ class InMemory:
 
     def __init__(self, model: nn.Module, paths: tuple[str, ...], device: torch.device | str | None):
         self.model, self.paths = model, paths
-        self._home = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.device = self._home if device is None else torch.device(device)
+        self._given = None if device is None else torch.device(device)
+        self.device = self._given or _device_of(model)
+        self._moved: list[tuple[nn.Module, torch.device]] = []
 
     def open(self, index: int) -> nn.Module:
-        return self.model.get_submodule(self.paths[index]).to(self.device)
+        block = self.model.get_submodule(self.paths[index])
+        self.device = self._given or _device_of(block)
+        self._moved = [(module, _device_of(module)) for module in (block, *_borrowed(block))]
+        for module, _ in self._moved:
+            module.to(self.device)
+        return block
 
     def close(self, index: int, block: nn.Module, files: BlockFiles) -> None:
         files.write_block(index, dict(block.state_dict()))
-        block.to(self._home)
+
+    def put_back(self) -> None:
+        for module, home in self._moved:
+            module.to(home)
+        self._moved = []
 
     def restore(self, index: int, files: BlockFiles) -> None:
         load_state(self.model.get_submodule(self.paths[index]), files.read_block(index), files.block_file(index))
@@ -82,6 +97,17 @@ class InMemory:
 
     def on_device(self, call: Call) -> Call:
         return moved(call, self.device)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+def _borrowed(block: nn.Module) -> list[Quantizer]:
+    """The quantizers outside a block that modules inside read: those of what other blocks have made."""
+    inside = set(block.modules())
+    found = [v for module in inside for v in vars(module).values() if isinstance(v, Quantizer) and v not in inside]
+    return list(dict.fromkeys(found))
 
 
 def moved(call: Call, device: torch.device) -> Call:
@@ -130,6 +156,9 @@ class OnDisk:
         self._code(index, block)
         files.write_block(index, dict(block.state_dict()))
         empty(block)
+
+    def put_back(self) -> None:
+        """Nothing to do: a block that was read has no place to go back to."""
 
     def restore(self, index: int, files: BlockFiles) -> None:
         block = self.model.get_submodule(self.paths[index])

@@ -273,34 +273,42 @@ class _Run:
         advice = "Use smaller or shorter batches, the optimizer 'adamw8bit', or a device with more memory for a block."
         advice = f"{advice} What was trained before is kept."
         with explained_memory(f"Block {path!r}", advice, self.source.model.parameters()):
-            block = self.source.open(index)
-            if not any(parameter.requires_grad for parameter in block.parameters()):
-                raise PlanError(
-                    f"Block {path!r} has nothing to train: all of its parameters are frozen. Call requires_grad_(True) "
-                    "on them, or leave the block out by a pattern."
-                )
-            parameters = groups_of(block, self.settings.lr, self.settings.weight_decay, self.settings.scale_lr)
-            optimizer = make_optimizer(self.settings.optimizer, parameters)
-            started = files.read_step(index, block, optimizer)
-            if started is None:
-                with _quantized(block, False):
-                    self._pass(index, block, "float")
-                # Where a run fails later on, this process may go on from here too, whose block has moved by then.
-                files.write_step(index, 0, block, optimizer, [])
-            start, losses = started or (0, [])
-            with stepping_in_backward(optimizer):
-                losses += self._train(index, block, optimizer, start, losses)
-            if index + 1 < len(self.source.paths):
-                self._pass(index, block, "quantized")
-            self.source.close(index, block, files)
-            # Optimizers and modules refer to themselves in circles, and would keep their tensors for a while.
-            del optimizer, parameters, block
-            gc.collect()
+            try:
+                losses = self._trained(index)
+            finally:
+                # Optimizers and modules refer to themselves in circles, and would keep their tensors for a while.
+                gc.collect()
+                self.source.put_back()
         manifest = files.read() or {}
         done = {"identity": manifest["identity"], "done": index + 1, "losses": [*manifest["losses"], losses]}
         files.write(done)
         files.forget_hidden(index)
         self._add_result(index, losses)
+
+    def _trained(self, index: int) -> list[float]:
+        """The losses of a block, from the first step to the last, after which it is written down and let go."""
+        files, path = self.files, self.source.paths[index]
+        block = self.source.open(index)
+        if not any(parameter.requires_grad for parameter in block.parameters()):
+            raise PlanError(
+                f"Block {path!r} has nothing to train: all of its parameters are frozen. Call requires_grad_(True) "
+                "on them, or leave the block out by a pattern."
+            )
+        parameters = groups_of(block, self.settings.lr, self.settings.weight_decay, self.settings.scale_lr)
+        optimizer = make_optimizer(self.settings.optimizer, parameters)
+        started = files.read_step(index, block, optimizer)
+        if started is None:
+            with _quantized(block, False):
+                self._pass(index, block, "float")
+            # Where a run fails later on, this process may go on from here too, whose block has moved by then.
+            files.write_step(index, 0, block, optimizer, [])
+        start, losses = started or (0, [])
+        with stepping_in_backward(optimizer):
+            losses += self._train(index, block, optimizer, start, losses)
+        if index + 1 < len(self.source.paths):
+            self._pass(index, block, "quantized")
+        self.source.close(index, block, files)
+        return losses
 
     @torch.no_grad()
     def _pass(self, index: int, block: nn.Module, kind: str) -> None:

@@ -78,54 +78,52 @@ class BlockWithMinimum(ActivationRule):
 
 
 @dataclass(frozen=True)
-class Rotated(ActivationRule):
-    """Another rule, between two rotations by a Hadamard matrix of some size.
+class Arranged(ActivationRule):
+    """Another rule, on heads of some size that lie in another arrangement before they are cut into blocks.
+
+    Args:
+        rule: for blocks, or itself on arranged heads.
+        size: of what is arranged together.
+    """
+
+    rule: ActivationRule
+    size: int
+
+    @property
+    def granularity(self) -> Granularity:
+        return PerGroup(self.size)
+
+    def values(self, x: Tensor) -> Tensor:
+        return restored(self, plain(self).values(arranged(self, x).reshape(-1, BLOCK)).reshape(x.shape))
+
+
+class Rotated(Arranged):
+    """Turned by a Hadamard matrix of a size, and back afterwards.
 
     >>> Rotated(Q8_0(), 64)(torch.ones(1, 64))[0, :2].round(decimals=2)
     tensor([1., 1.])
     """
 
-    rule: ActivationRule
-    size: int
-
     @property
     def name(self) -> str:
         return f"{self.rule.name}-rotated{self.size}"
 
-    @property
-    def granularity(self) -> Granularity:
-        return PerGroup(self.size)
 
-    def values(self, x: Tensor) -> Tensor:
-        return restored(self, plain(self).values(arranged(self, x).reshape(-1, BLOCK)).reshape(x.shape))
-
-
-@dataclass(frozen=True)
-class Paired(ActivationRule):
-    """Another rule, on heads of some size whose halves are dealt out in turn: 0, n/2, 1, n/2 + 1, ...
+class Paired(Arranged):
+    """Heads of a size whose halves are dealt out in turn: 0, n/2, 1, n/2 + 1, ...
 
     >>> Paired(SignedBlock(4), 32)(torch.arange(32.0)[None])[0, :2]
     tensor([-0., -0.])
     """
 
-    rule: ActivationRule
-    size: int
-
     @property
     def name(self) -> str:
         return f"{self.rule.name}-paired{self.size}"
 
-    @property
-    def granularity(self) -> Granularity:
-        return PerGroup(self.size)
-
-    def values(self, x: Tensor) -> Tensor:
-        return restored(self, plain(self).values(arranged(self, x).reshape(-1, BLOCK)).reshape(x.shape))
-
 
 def plain(rule: ActivationRule) -> ActivationRule:
     """The rule for blocks that is inside others."""
-    return plain(rule.rule) if isinstance(rule, Rotated | Paired) else rule
+    return plain(rule.rule) if isinstance(rule, Arranged) else rule
 
 
 def arranged(rule: ActivationRule, x: Tensor) -> Tensor:

@@ -68,3 +68,15 @@ def test_the_plan_names_the_rule() -> None:
     assert plan.layers[0].activation_rule == "matmulnbits-32"
     assert "matmulnbits-32" in str(plan)
     assert ig.Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q8_k", "matmulnbits-32"])
+def test_a_compiled_rule_reads_what_a_plain_one_does(name: str) -> None:
+    rule = ACTIVATION_RULES[name]
+    x = torch.randn(4, 256, 256, generator=torch.Generator().manual_seed(0))
+    size = getattr(rule.granularity, "size", 256)
+    expected = rule.values(x.reshape(-1, size)).reshape(x.shape)
+    for _ in range(2):
+        # What a kernel leaves unwritten is what was there before.
+        _ = [torch.full((count,), 1e6) for count in (2048, 8192, 65536, 262144)]
+        assert_equal(rule(x), expected)

@@ -10,7 +10,7 @@ from isogrid.formats.granularity import Granularity
 from isogrid.layers import llamacpp_activations, llamacpp_cache, vllm_activations, xnnpack_activations
 from isogrid.layers.activation_rule import ActivationRule
 from isogrid.layers.bitnet_activations import BitNetActivations
-from isogrid.layers.nbits import BLOCKS, reciprocal_int8
+from isogrid.layers.nbits import BLOCKS, reciprocal_block
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class MatMulNBits(ActivationRule):
         return PerGroup(self.block)
 
     def values(self, x: Tensor) -> Tensor:
-        codes, scale = reciprocal_int8(x, self.block)
+        codes, scale = reciprocal_block(x)
         return codes * scale
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from isogrid.formats import NativeGrid, PerGroup, PerToken
 from isogrid.formats.granularity import Granularity
 from isogrid.layers.activation_rule import ActivationRule
-from isogrid.layers.nbits import reciprocal_int8
+from isogrid.layers.nbits import reciprocal_block
 
 BLOCK, SUPER_BLOCK = 32, 256
 
@@ -30,7 +30,7 @@ def q8_codes(x: Tensor) -> tuple[Tensor, Tensor]:
     >>> codes[0, :2], step * 127
     (tensor([  64., -127.]), tensor([[1.]]))
     """
-    return reciprocal_int8(x, BLOCK)
+    return reciprocal_block(x)
 
 
 def q8_k_codes(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,12 +32,22 @@ def reciprocal_int8(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     >>> codes[0, :2], scale * 127
     (tensor([  64., -127.]), tensor([[1.]]))
     """
-    blocks = _in_blocks(x.float(), block)
+    codes, scale = reciprocal_block(_in_blocks(x.float(), block))
+    return codes.flatten(-2), scale.squeeze(-1)
+
+
+def reciprocal_block(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes [..., block] and scales [..., 1] of `reciprocal_int8`, of an input [..., block] that is in blocks.
+
+    Rules of activations, which are compiled, call this one: where a kernel of inductor serves all shapes and parts a
+    dimension in its middle, torch 2.13 has it read memory that nobody wrote.
+    """
+    blocks = blocks.float()
     largest = blocks.abs().amax(-1, keepdim=True)
     # `127 / largest` is PyTorch's 127 * (1 / largest), which is rounded twice; a tensor is divided once.
     end = torch.full_like(largest, 127.0)
     codes = torch.round(blocks * torch.where(largest > 0, end / largest, 0.0))
-    return codes.flatten(-2), (largest / end).squeeze(-1)
+    return codes, largest / end
 
 
 def quantizes_input(bits: int, block: int, accuracy_level: int) -> bool:

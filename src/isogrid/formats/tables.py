@@ -57,7 +57,9 @@ class LookupGrid(Grid):
 
     def decode(self, codes: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """float32 values of indices."""
-        return self.values().to(codes.device)[codes.to(torch.int32)]
+        # Indexing by [...] would make indices of 64 bits of all codes first.
+        values = self.values().to(codes.device)
+        return values.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
 
     def nearest(self, x: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """The table value nearest to each x, float32."""

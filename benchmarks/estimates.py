@@ -38,6 +38,10 @@ def prepared(model: Any, ids: Tensor, scheme: str, target: str = "vllm") -> Any:
     return ig.prepare(model, plan)
 
 
+def integers(model: Any, ids: Tensor) -> Any:
+    return ig.calibrate(prepared(model, ids, "w8a8"), [{"input_ids": ids[:1]}])
+
+
 def checkpointed(model: Any, ids: Tensor) -> Any:
     ig.checkpoint_activations(prepared(model, ids, "w4a16"))
     return model
@@ -57,7 +61,7 @@ ROWS: dict[str, tuple[str, str, Callable[[Any, Tensor], Any]]] = {
     "float": ("float", "adamw", lambda model, ids: model),
     "w4a16": ("QAT, w4a16", "adamw", lambda model, ids: prepared(model, ids, "w4a16")),
     "w4a16-8bit": ("QAT, w4a16", "adamw8bit", lambda model, ids: prepared(model, ids, "w4a16")),
-    "w8a8": ("QAT, w8a8", "adamw", lambda model, ids: prepared(model, ids, "w8a8")),
+    "w8a8": ("QAT, w8a8", "adamw", integers),
     "checkpointed": ("QAT, w4a16, activation checkpointing", "adamw", checkpointed),
     "l4q": ("LoRA-QAT, w4a16", "adamw", lambda model, ids: adapted(model, ids, "w4a16", "vllm", "l4q")),
     "qlora": ("QLoRA, nf4", "adamw", lambda model, ids: adapted(model, ids, "nf4-double", "bitsandbytes", "qlora")),

@@ -62,6 +62,7 @@ def test_each_check_alone_makes_it_false_and_is_said(name: str) -> None:
     [
         (EndToEnd(100, False, 1.0, 0.98, 0.0, rows=100), "top-1 agreement is 0.98, demanded is at least 99.00%"),
         (EndToEnd(100, False, 1.0, 1.0, 0.01, rows=100), "KL divergence is 0.01, demanded is at most 0.001"),
+        (EndToEnd(100, False, 1.0, cosine=0.98, rows=100), "cosine of features is 0.98, demanded is at least 0.99"),
         (EndToEnd(100, False, 1.0, metric=0.8, reference_metric=0.9), "metric is 0.8, demanded is 0.9 ± 0.01"),
         (EndToEnd(100, False, 1.0, metric=math.nan, reference_metric=0.9), "metric is nan, demanded is 0.9 ± 0.01"),
     ],

@@ -163,6 +163,27 @@ def test_several_inputs_and_outputs_also_where_they_are_not_scores_or_not_finite
     assert json.loads(report.to_json())["end_to_end"]["kl"] is None
 
 
+class Encoder(nn.Module):
+    """Features, named as transformers names them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"last_hidden_state": self.body(x)}
+
+
+def test_features_are_compared_by_their_direction_and_not_as_scores_of_classes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(9, 6)
+    model, artifact = exported(Encoder(), (x,), tmp_path / "model.onnx")
+    report = ig.verify(model, artifact, [(x,)])
+    assert report, report.failures
+    assert (report.end_to_end.top1_agreement, report.end_to_end.kl) == (None, None)
+    assert report.end_to_end.cosine == pytest.approx(1.0, abs=1e-12) and report.end_to_end.rows == 9
+
+
 class NotANumber(nn.Module):
     """Scores of which some are not numbers."""
 

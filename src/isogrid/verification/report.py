@@ -13,6 +13,9 @@ from isogrid.verification.printing import printed, report_table
 TOP1_BOUND = 0.99
 """Where float arithmetic is not reproduced bit for bit, this share of answers must agree, or all but one."""
 
+COSINE_BOUND = 0.99
+"""Or, of features that are no answers, the mean cosine of runtime and reference must be this."""
+
 KL_BOUND = 1e-3
 """And the answers' distributions may differ by this many nats on average."""
 
@@ -184,8 +187,10 @@ class EndToEnd:
             be scores of classes.
         kl: mean Kullback-Leibler divergence of its softmax, reference to runtime, in nats; or None.
         metric, reference_metric: of the task, where one was given.
-        rows: how many rows of scores were compared.
+        rows: how many rows of scores or features were compared.
         not_finite: rows that were left out, for they hold NaN or infinity.
+        cosine: mean cosine of the first output's rows, runtime against reference, where its name says that it holds
+            features; or None.
     """
 
     examples: int
@@ -197,6 +202,7 @@ class EndToEnd:
     reference_metric: float | None = None
     rows: int = 0
     not_finite: int = 0
+    cosine: float | None = None
 
     @property
     def bounds(self) -> tuple[Bound, ...]:
@@ -209,6 +215,9 @@ class EndToEnd:
             )
         if self.kl is not None:
             found.append(Bound("KL divergence", self.kl, f"at most {KL_BOUND:g}", self.kl <= KL_BOUND))
+        if self.cosine is not None:
+            holds = self.cosine >= COSINE_BOUND
+            found.append(Bound("cosine of features", self.cosine, f"at least {COSINE_BOUND:g}", holds))
         if self.metric is not None and self.reference_metric is not None:
             reach = max(METRIC_BOUND * abs(self.reference_metric), 1 / self.examples)
             same = math.isnan(self.metric) and math.isnan(self.reference_metric)

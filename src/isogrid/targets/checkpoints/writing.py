@@ -70,6 +70,8 @@ def write_checkpoint(
         write_tensors(folder, tensors)
         # Through the config's own JSON: it writes dtypes and nested configs as transformers reads them.
         own = json.loads(model.config.to_json_string(use_diff=False))
+        if own.get("dtype") is None:  # a model made from its config has none, and decompressors then choose another one
+            own["dtype"] = str(model.dtype).removeprefix("torch.")
         text = json.dumps({**own, **{key: config[key] for key in ("architectures", "quantization_config")}}, indent=2)
         (folder / "config.json").write_text(text, encoding="utf-8")
 

@@ -106,3 +106,16 @@ def test_the_options_that_keep_the_runtime_to_what_was_trained_are_stored_and_ap
     with pytest.raises(RuntimeError):
         plain.get_session_options().get_session_config_entry("session.x64quantprecision")
     assert ig.verify(model, artifact, [x])
+
+
+def test_one_large_term_in_front_of_many_small_ones(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(64, 4096)
+    x[:, 0] = 4000.0  # each addition behind it rounds a sum as large as all there is
+    model = nn.Sequential(nn.Linear(4096, 32, bias=False))
+    plan = ig.plan(model, "onnxruntime", "w4a16", [ig.Rule(match="*", range="absmax")], example_inputs=(x,))
+    model = ig.prepare(model, plan).eval()
+    report = ig.verify(model, ig.export(model, tmp_path / "model.onnx"), [(x,)])
+    (check,) = [check for check in report.replays if check.name == "0.output"]
+    assert 1e-6 < check.max_difference < check.bound == 4096**0.5 * 2**-24
+    assert report, report.failures

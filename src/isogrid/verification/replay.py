@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from isogrid.layers.attention_states import ATTRIBUTE, DynamicState
 from isogrid.layers.half import HalfLayer
+from isogrid.layers.integer import PackedLinear
 from isogrid.layers.llamacpp_cache import arranged, codes_of
 from isogrid.planning.values import tensors_in
 from isogrid.targets import Observed
@@ -21,7 +22,8 @@ RELATIVE_BOUND = 1e-6
 """A float operation agrees to this share of its largest output, where the runtime adds up in an order of its own.
 
 For a packed layer it is the share of the largest sum of magnitudes, sum |x| |w|: rounding errors go by the terms of a
-sum, not by what is left when they cancel. Measured on ONNX Runtime 1.31: up to 1.3e-7 for 256 to 16,384 terms.
+sum, not by what is left when they cancel. Measured on ONNX Runtime 1.31: up to 1.3e-7 for 256 to 16,384 terms that are
+equally large. Where one term outweighs all others, each addition rounds a sum of that size: see `_bound_of_sum`.
 """
 
 HALF_BOUND = 1e-3
@@ -154,9 +156,22 @@ class _Substitution(View):
         if name not in self.seen.layers:
             return y
         _, theirs = self.seen.layers[name]
-        bound = HALF_BOUND if isinstance(layer, HalfLayer) else RELATIVE_BOUND
-        self.replays._of_values(f"{name}.output", bound / RELATIVE_BOUND).add(theirs, y, _largest_sum(layer, x))
+        self.replays._of_values(f"{name}.output", _bound_of_sum(layer, x.shape[-1]) / RELATIVE_BOUND).add(
+            theirs, y, _largest_sum(layer, x)
+        )
         return theirs
+
+
+def _bound_of_sum(layer: Packed, terms: int) -> float:
+    """How far sums of products may be apart, as a share of the largest sum of magnitudes.
+
+    Errors of n rounded additions grow as sqrt(n) * 2**-24 (Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019). Integer
+    arithmetic adds a block of products exactly.
+    """
+    if isinstance(layer, HalfLayer):
+        return HALF_BOUND
+    adds_floats = layer.accuracy_level == 1 if isinstance(layer, PackedLinear) else layer.activation_rule is None
+    return max(RELATIVE_BOUND, terms**0.5 * 2**-24) if adds_floats else RELATIVE_BOUND
 
 
 def _largest_sum(layer: Packed, x: Tensor) -> float:

@@ -34,7 +34,7 @@ class LanguageModel:
         ("vllm", "w8a8"),
         ("onnxruntime", "w4a8"),
         ("vllm", "w4a16"),
-        ("vllm", "nvfp4"),
+        ("vllm", "nvfp4a16"),
         ("vllm", "w2a16-asym"),
     )
     task: ClassVar[str] = "cross-entropy"

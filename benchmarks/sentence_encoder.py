@@ -41,7 +41,7 @@ class SentenceEncoder:
         ("onnxruntime", "w8a8"),
         ("onnxruntime", "w4a8"),
         ("onnxruntime", "w4a16"),
-        ("vllm", "nvfp4"),
+        ("vllm", "nvfp4a16"),
         ("onnxruntime", "w2a16"),
     )
     task: ClassVar[str] = "contrastive"

@@ -307,12 +307,20 @@ def test_the_rule_of_cuda_kernels(tmp_path: Path) -> None:
         ig.load(artifact.path)(IDS)
 
 
-def test_a_model_made_from_its_config_is_read_in_its_own_dtype(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["nvfp4a16", "mxfp4"])
+def test_a_model_made_from_its_config_is_read_in_its_own_dtype(tmp_path: Path, scheme: str) -> None:
     from isogrid.recipes.language import built_in_model
 
     model, ids = built_in_model(layers=1).eval(), torch.arange(16)[None]
     assert model.config.dtype is None
-    ig.prepare(model, ig.plan(model, scheme="nvfp4a16", target="vllm", example_inputs={"input_ids": ids}))
+    ig.prepare(model, ig.plan(model, scheme=scheme, target="vllm", example_inputs={"input_ids": ids}))
     artifact = ig.export(ig.calibrate(model, [{"input_ids": ids}]), tmp_path / "model")
     with torch.no_grad():
         assert torch.equal(ig.load(artifact.path)(ids)[0], model(input_ids=ids).logits)
+
+
+def test_inputs_that_transformers_would_scale_in_float32(tmp_path: Path) -> None:
+    model = prepared(model_of("Llama"), "nvfp4")
+    artifact = ig.export(model, tmp_path / "model")
+    with pytest.raises(TargetError, match=r"model.to\(torch.bfloat16\)"):
+        ig.load(artifact.path)(IDS)

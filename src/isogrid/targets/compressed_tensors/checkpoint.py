@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from isogrid.errors import ArtifactError, TargetError
 from isogrid.formats import Format, Quantized, named_format
@@ -35,7 +36,7 @@ class CompressedModel(CheckpointModel):
                 "or for the scales of experts beside a quantised key-value cache."
             )
         if not _is_decompressed_first(self.artifact.plan):
-            return super().model
+            return _keeping_dtype(super().model, self._config.dtype)
         options = {"config": self.float_config(), "state_dict": self._decompressed(), "dtype": self._config.dtype}
         with loading_quietly(self._library):
             model, report = self._kind.from_pretrained(None, **options, output_loading_info=True)
@@ -53,6 +54,13 @@ class CompressedModel(CheckpointModel):
             raise TargetError(
                 f"transformers cannot show what {self.artifact.path} computes: it rounds inputs on amax / 127.5, and "
                 "vLLM's CUDA kernels, for which this was trained, on amax / 127. Scheme w8a8-dynamic trains the former."
+            )
+        inputs = {site.format for site in self.artifact.plan.sites if site.kind != "weight"}
+        if "nvfp4-local" in inputs and self._config.dtype != torch.bfloat16:
+            raise TargetError(
+                f"transformers cannot show what {self.artifact.path} computes: it chooses the scales of NVFP4 inputs "
+                f"in the model's dtype, {self._config.dtype}, and vLLM in bfloat16, for which this was trained. Call "
+                "model.to(torch.bfloat16) before planning, or use scheme nvfp4a16, whose inputs are float."
             )
         if not _decompresses_at_once(self.artifact.plan):
             return {}
@@ -78,6 +86,22 @@ class CompressedModel(CheckpointModel):
     def unpack(self, layer: LayerPlan, fmt: Format, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Quantized:
         layout = layout_of(fmt, layer.activation_rule is not None or layer.input is not None)
         return layout.unpack(tensors, fmt, shape)
+
+
+def _keeping_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """The model, which multiplies weights of 4 float bits in its own dtype.
+
+    They are decompressed to bfloat16 on the first call. Such weights have 6 significant bits and a power of two, so that bfloat16 holds them as they are.
+    """
+
+    def hook(module: nn.Module, _: Any) -> None:
+        weight: Any = module.weight
+        weight.data = weight.data.to(dtype)
+
+    for module in model.modules():
+        if "weight_packed" in module._parameters:
+            module.register_forward_pre_hook(hook)
+    return model
 
 
 def _decompresses_at_once(plan: Plan) -> bool:

@@ -91,7 +91,8 @@ class CompressedModel(CheckpointModel):
 def _keeping_dtype(model: Any, dtype: torch.dtype) -> Any:
     """The model, which multiplies weights of 4 float bits in its own dtype.
 
-    They are decompressed to bfloat16 on the first call. Such weights have 6 significant bits and a power of two, so that bfloat16 holds them as they are.
+    They are decompressed to bfloat16 on the first call. With 6 significant bits and a power of two, they are what they
+    were.
     """
 
     def hook(module: nn.Module, _: Any) -> None:

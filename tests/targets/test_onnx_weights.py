@@ -23,13 +23,13 @@ def test_static_layers(target: str, tmp_path: Path) -> None:
     artifact = ig.export(model, tmp_path / "model.onnx")
     found = weight_codes(onnx.load(artifact.path))
     layers = {name: layer for name, layer in ig.convert(model).named_modules() if isinstance(layer, IntegerLayer)}
-    assert layers.keys() == {"0", "3"}
+    assert layers.keys() == ({"0"} if target == "tensorrt" else {"0", "3"})  # TensorRT's heads stay float
     for name, layer in layers.items():
         assert torch.equal(found[f"{name}.weight"], layer.codes.float()), name
     console = Console(width=160)
     with console.capture() as capture:
         console.print(*contents_of(artifact.path).facts, *contents_of(artifact.path).tables)
-    assert f"for {target}" in capture.get() and "3.weight" in capture.get()
+    assert f"for {target}" in capture.get() and "0.weight" in capture.get()
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])

@@ -324,3 +324,14 @@ def test_inputs_that_transformers_would_scale_in_float32(tmp_path: Path) -> None
     artifact = ig.export(model, tmp_path / "model")
     with pytest.raises(TargetError, match=r"model.to\(torch.bfloat16\)"):
         ig.load(artifact.path)(IDS)
+
+
+def test_an_encoder_without_a_pooling_layer_has_none_in_transformers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = transformers.BertModel(transformers.BertConfig(vocab_size=64, **sizes), add_pooling_layer=False).eval()
+    rules = [ig.Rule(match="*", weight="int4/group32:scale=bfloat16")]
+    plan = ig.plan(encoder, "vllm", "w4a16", rules, example_inputs={"input_ids": IDS})
+    artifact = ig.export(ig.prepare(encoder, plan), tmp_path / "model")
+    report = ig.verify(encoder, artifact, [{"input_ids": IDS}])
+    assert report and report.end_to_end.logits_equal, report.failures

@@ -1,6 +1,7 @@
 """A checkpoint at work in transformers, which decompresses it by the package of its layout."""
 
 import copy
+import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,9 @@ from isogrid.planning.values import tensors_in
 from isogrid.targets.artifact import Artifact
 from isogrid.targets.checkpoints.rows import STACKS, Rows, assembled, converted, weight_name
 from isogrid.targets.runtime import Observed, RuntimeOperator
+
+POOLING = "add_pooling_layer"
+"""The argument of transformers' encoders that their configs do not keep."""
 
 Part = tuple[Tensor, Mapping[str, Tensor]]
 """Numbers of rows of a weight, and the tensors that these are stored in."""
@@ -68,12 +72,17 @@ class CheckpointModel(ABC):
         Raises:
             TargetError: transformers computes otherwise than the runtime does, or does not load the files.
         """
-        options = {"dtype": self._config.dtype, **self.loading_options()}
+        options = {"dtype": self._config.dtype, **self._pooling(), **self.loading_options()}
         try:
             with loading_quietly(self._library):
                 return self._kind.from_pretrained(self.artifact.path, **options).eval()
         except (OSError, ValueError, RuntimeError, AttributeError) as error:
             raise TargetError(f"transformers does not load {self.artifact.path}: {error}") from error
+
+    def _pooling(self) -> dict[str, Any]:
+        """An encoder whose files have no pooling layer gets none: transformers would add one of random weights."""
+        takes_it = POOLING in inspect.signature(self._kind.__init__).parameters
+        return {POOLING: False} if takes_it and not any("pooler." in name for name in self.tensors()) else {}
 
     def loading_options(self) -> dict[str, Any]:
         """What `from_pretrained` is told beside the dtype.

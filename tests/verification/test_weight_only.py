@@ -44,7 +44,8 @@ def test_what_is_trained_is_what_runs(tmp_path: Path, level: int) -> None:
     assert [check.macs for check in report.graph] == [5 * 96 * 96] * len(FORMATS)
     replays = {check.name: check for check in report.replays}
     assert set(replays) == {f"layers.{name}.{end}" for name in FORMATS for end in ("input", "output")} | {"output"}
-    assert all(replays[f"layers.{name}.output"].bound == 1e-6 for name in FORMATS)
+    bound = 96**0.5 * 2**-23 if level == 1 else 1e-6
+    assert all(replays[f"layers.{name}.output"].bound == bound for name in FORMATS)
     with torch.no_grad():
         integer = ig.convert(model)
         prepared, converted = model.eval()(x), integer(x)
@@ -117,5 +118,5 @@ def test_one_large_term_in_front_of_many_small_ones(tmp_path: Path) -> None:
     model = ig.prepare(model, plan).eval()
     report = ig.verify(model, ig.export(model, tmp_path / "model.onnx"), [(x,)])
     (check,) = [check for check in report.replays if check.name == "0.output"]
-    assert 1e-6 < check.max_difference < check.bound == 4096**0.5 * 2**-24
+    assert 1e-6 < check.max_difference < check.bound == 4096**0.5 * 2**-23
     assert report, report.failures

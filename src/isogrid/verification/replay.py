@@ -165,13 +165,13 @@ class _Substitution(View):
 def _bound_of_sum(layer: Packed, terms: int) -> float:
     """How far sums of products may be apart, as a share of the largest sum of magnitudes.
 
-    Errors of n rounded additions grow as sqrt(n) * 2**-24 (Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019). Integer
-    arithmetic adds a block of products exactly.
+    Errors of n rounded additions grow as sqrt(n) * 2**-24 (Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019), and both
+    sides have their own. Integer arithmetic adds a block of products exactly.
     """
     if isinstance(layer, HalfLayer):
         return HALF_BOUND
     adds_floats = layer.accuracy_level == 1 if isinstance(layer, PackedLinear) else layer.activation_rule is None
-    return max(RELATIVE_BOUND, terms**0.5 * 2**-24) if adds_floats else RELATIVE_BOUND
+    return max(RELATIVE_BOUND, terms**0.5 * 2**-23) if adds_floats else RELATIVE_BOUND
 
 
 def _largest_sum(layer: Packed, x: Tensor) -> float:

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from steps import parser
 from torch import Tensor
 
 import isogrid as ig
@@ -113,12 +113,9 @@ def measured(name: str, given: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"hidden": 256, "layers": 3, "sequences": 8, "length": 128, "steps": 5}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
-    parser.add_argument("--row", choices=ROWS, help="measure this row alone")
-    given = parser.parse_args()
+    options = parser(__doc__, hidden=256, layers=3, sequences=8, length=128, steps=5)
+    options.add_argument("--row", choices=ROWS, help="measure this row alone")
+    given = options.parse_args()
     if given.row is not None:
         print(json.dumps(measured(given.row, given)))
         return

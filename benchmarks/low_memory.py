@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from steps import LAYERS, llama_config
+from steps import LAYERS, llama_config, parser
 from torch import Tensor, nn
 
 import isogrid as ig
@@ -162,15 +162,9 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--sequences", type=int, default=2)
-    parser.add_argument("--length", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
-    parser.add_argument("--row", choices=ROWS, help="measure this row alone")
-    arguments = parser.parse_args()
+    options = parser(__doc__, blocks=8, hidden=1024, sequences=2, length=32, steps=2)
+    options.add_argument("--row", choices=ROWS, help="measure this row alone")
+    arguments = options.parse_args()
     if arguments.row is not None:
         print(json.dumps(measured(arguments.row, arguments)))
         return

@@ -79,9 +79,9 @@ class Variant:
 def parser(description: str, **defaults: int) -> ArgumentParser:
     """The options that are numbers, --sequences and --length among them, and --json."""
     found = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
-    for name, default in {**defaults, "sequences": 4, "length": 256}.items():
+    for name, default in {"sequences": 4, "length": 256, **defaults}.items():
         found.add_argument(f"--{name}", type=int, default=default)
-    found.add_argument("--json", type=Path)
+    found.add_argument("--json", type=Path, help="write the figures to this file too")
     return found
 
 

@@ -197,6 +197,11 @@ def attach(module: nn.Module, quantizers: Mapping[str, nn.Module], block: int = 
     return detach
 
 
+def quantizes_states(module: nn.Module) -> bool:
+    """Whether an attention layer's states are quantised already; to turn them is not to quantise them."""
+    return hasattr(module, ATTRIBUTE) and states_before(module) is None
+
+
 def states_before(module: nn.Module) -> AttentionStates | None:
     """What turns the states of an attention layer whose states are not quantised, or None."""
     states = module._modules.get(ATTRIBUTE)

@@ -8,7 +8,7 @@ from torch import nn
 from isogrid.errors import NonFiniteError, PlanError
 from isogrid.formats import IntegerGrid, named_format
 from isogrid.layers.activation_sites import QuantizedActivation
-from isogrid.layers.attention_states import ATTRIBUTE, RuleQuantizer, attach, cache_position, states_before
+from isogrid.layers.attention_states import RuleQuantizer, attach, cache_position, quantizes_states
 from isogrid.layers.batch_norm import AbsorbedBatchNorm1d, AbsorbedBatchNorm2d, AbsorbedBatchNorm3d
 from isogrid.layers.borrowed import BorrowedLinear, QuantizedBorrowedLinear
 from isogrid.layers.convolution import (
@@ -167,8 +167,7 @@ class _Builder:
             self._check_layer(layer)
         for path in {state.path for state in self.plan.states}:
             module = self._module(path)
-            taken = hasattr(module, ATTRIBUTE) and states_before(module) is None
-            if cache_position(module) is None or taken:
+            if cache_position(module) is None or quantizes_states(module):
                 raise PlanError(f"The plan quantises the cache of {path!r}, which keeps none. Plan this model anew.")
         rules = {state.site: state.rule for state in self.plan.states}
         for site in self.plan.sites:

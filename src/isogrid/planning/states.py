@@ -16,6 +16,7 @@ from isogrid.layers.attention_states import (
     VALUE,
     BeforeCache,
     cache_position,
+    quantizes_states,
     replaced_cache,
     states_before,
 )
@@ -165,7 +166,7 @@ def _check(rule: Rule, call: Call, model: nn.Module) -> None:
             "activation='fp8_e4m3/tensor'."
         )
     module = model.get_submodule(call.scope)
-    if hasattr(module, ATTRIBUTE) and states_before(module) is None:
+    if quantizes_states(module):
         raise PlanError(f"{call.scope!r} has an attribute {ATTRIBUTE!r} of its own, where its quantisers would go.")
 
 

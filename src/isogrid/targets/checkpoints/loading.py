@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from importlib import import_module
 from math import prod
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -82,7 +83,7 @@ class CheckpointModel(ABC):
     def _pooling(self) -> dict[str, Any]:
         """An encoder whose files have no pooling layer gets none: transformers would add one of random weights."""
         takes_it = POOLING in inspect.signature(self._kind.__init__).parameters
-        return {POOLING: False} if takes_it and not any("pooler." in name for name in self.tensors()) else {}
+        return {POOLING: False} if takes_it and not any("pooler." in name for name in _names(self.artifact)) else {}
 
     def loading_options(self) -> dict[str, Any]:
         """What `from_pretrained` is told beside the dtype.
@@ -254,13 +255,36 @@ def _transformers(package: str, target: str) -> Any:
 
 
 def _tensors(artifact: Artifact) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     found: dict[str, Tensor] = {}
-    try:
-        for file in sorted(artifact.path.glob("*.safetensors")):
+    with _reading(artifact):
+        for file in _files(artifact):
             found |= load_file(file)
+    return found
+
+
+def _names(artifact: Artifact) -> list[str]:
+    """The names of all tensors, which are read without their values."""
+    from safetensors import safe_open
+
+    found: list[str] = []
+    with _reading(artifact):
+        for file in _files(artifact):
+            with safe_open(file, framework="pt") as opened:
+                found += opened.keys()
+    return found
+
+
+def _files(artifact: Artifact) -> list[Path]:
+    return sorted(artifact.path.glob("*.safetensors"))
+
+
+@contextmanager
+def _reading(artifact: Artifact) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{artifact.path} is incomplete: {error}. Copy it anew, or export again.") from error
-    return found

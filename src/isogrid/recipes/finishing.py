@@ -17,7 +17,7 @@ from isogrid.recipes.outcomes import Outcome, with_latencies, write_outcomes
 from isogrid.recipes.perplexity import Predictions, predictions
 from isogrid.recipes.progress import Progress
 from isogrid.recipes.schema import Optimization, Recipe
-from isogrid.recipes.stages import begins_untrained, load_float_weights, new_model, prepared_model, train_float
+from isogrid.recipes.stages import begins_untrained, model_with, prepared_model, train_float
 from isogrid.report import ResultRow
 
 if TYPE_CHECKING:
@@ -98,9 +98,7 @@ class _End:
         return language_outcomes if isinstance(self.data, LanguageData) else outcomes
 
     def _float_model(self) -> nn.Module:
-        reference = new_model(self.recipe)
-        load_float_weights(reference, self.folder.float_weights)
-        return reference
+        return model_with(self.recipe, self.folder.float_weights)
 
     def float(self) -> Outcome:
         """The model that quantisation began with."""

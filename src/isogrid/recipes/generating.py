@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from isogrid.errors import RecipeError
@@ -16,7 +16,7 @@ from isogrid.recipes.folders import RunFolder
 from isogrid.recipes.language import LanguageData
 from isogrid.recipes.progress import Progress
 from isogrid.recipes.schema import Recipe
-from isogrid.recipes.stages import load_float_weights, new_model
+from isogrid.recipes.stages import model_with
 from isogrid.training import generate_text
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def with_generated(
     accelerator.wait_for_everyone()  # the first process writes the float weights
     source = f"{digest(folder.float_weights)} {entry.sequences} {entry.batch_size} {data.length} {recipe.training.seed}"
     if accelerator.is_main_process and _kept(folder.generated, source) is None:
-        model = _writer(recipe, folder).to(accelerator.device)
+        model = model_with(recipe, folder.float_weights).to(accelerator.device)
         with progress.task("the float model writes", 1) as advance:
             written = generate_text(
                 model, entry.sequences, data.length + 1,
@@ -63,12 +63,6 @@ def with_generated(
     if tokens is None:
         raise RecipeError(f"{folder.generated} cannot be read by every process. Put the run's folder where all see it.")
     return replace(data, train=TensorDataset(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
-
-
-def _writer(recipe: Recipe, folder: RunFolder) -> nn.Module:
-    model = new_model(recipe)
-    load_float_weights(model, folder.float_weights)
-    return model
 
 
 def _kept(path: Path, source: str) -> Tensor | None:

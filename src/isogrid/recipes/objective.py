@@ -16,7 +16,7 @@ from isogrid.recipes.folders import RunFolder
 from isogrid.recipes.loop import Objective, float_groups, on_device
 from isogrid.recipes.schema import DistillationEntry, Recipe
 from isogrid.recipes.sources import make_model
-from isogrid.recipes.stages import load_float_weights, new_model
+from isogrid.recipes.stages import load_float_weights, model_with
 from isogrid.training import (
     Distillation,
     LayerLosses,
@@ -66,7 +66,8 @@ def learning_teacher(recipe: Recipe, folder: RunFolder, accelerator: "Accelerato
         raise RecipeError(
             "distillation.phases: a teacher that learns along does so in one process. Start the run without torchrun."
         )
-    return (_other_teacher(entry) if entry.teacher is not None else _float_model(recipe, folder)).to(accelerator.device)
+    other = _other_teacher(entry) if entry.teacher is not None else model_with(recipe, folder.float_weights)
+    return other.to(accelerator.device)
 
 
 def companion_groups(recipe: Recipe, companion: nn.Module | None) -> list[dict[str, Any]]:
@@ -172,7 +173,7 @@ def _teacher(
     if entry.teacher is not None:
         return teacher(_other_teacher(entry).to(accelerator.device))
     accelerator.wait_for_everyone()  # the first process writes the float weights
-    return teacher(model, weights=_float_model(recipe, folder).state_dict(), format=entry.teacher_format)
+    return teacher(model, weights=model_with(recipe, folder.float_weights).state_dict(), format=entry.teacher_format)
 
 
 def _other_teacher(entry: DistillationEntry) -> nn.Module:
@@ -181,10 +182,3 @@ def _other_teacher(entry: DistillationEntry) -> nn.Module:
     if entry.teacher_weights is not None:
         load_float_weights(other, Path(entry.teacher_weights))
     return other
-
-
-def _float_model(recipe: Recipe, folder: RunFolder) -> nn.Module:
-    """The model of a recipe, with the weights that the run began with."""
-    start = new_model(recipe)
-    load_float_weights(start, folder.float_weights)
-    return start

@@ -21,8 +21,7 @@ from isogrid.recipes.schema import Optimization, Recipe
 from isogrid.recipes.sources import make_data
 from isogrid.recipes.stages import (
     float_model,
-    load_float_weights,
-    new_model,
+    model_with,
     prepared_model,
     save_float_weights,
     train_float,
@@ -122,8 +121,7 @@ def _quantized_outcomes(recipe: Recipe, folder: Path, progress: Progress) -> lis
     """The model of one scheme, before training and after it."""
     data, accelerator = make_data(recipe.data), make_accelerator(recipe)
     with _one_thread():
-        model = new_model(recipe)
-        load_float_weights(model, RunFolder(folder / "float").float_weights)
+        model = model_with(recipe, RunFolder(folder / "float").float_weights)
         prepared_model(recipe, model, data, accelerator)
         before = _exported(recipe, model, "ptq", data, folder)
         train_quantized(recipe, model, data, accelerator, progress, f"training {recipe.scheme}")

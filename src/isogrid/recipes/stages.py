@@ -80,6 +80,13 @@ def new_model(recipe: Recipe) -> nn.Module:
     return make_model(recipe.model)
 
 
+def model_with(recipe: Recipe, weights: Path) -> nn.Module:
+    """The model of a recipe with the float weights of a file, such as those that a run began with."""
+    model = new_model(recipe)
+    load_float_weights(model, weights)
+    return model
+
+
 def load_float_weights(model: nn.Module, path: Path) -> None:
     """Load a safetensors file into a model; raises RecipeError where the two do not fit."""
     try:
